@@ -1,0 +1,637 @@
+"""Grow a bigram table into a GPT on the CPU, one idea at a time.
+
+    python bigram-to-gpt.py [grow]      train the five models: table, picture, one-block.pt, sample
+    python bigram-to-gpt.py sample      stream text from a checkpoint
+    python bigram-to-gpt.py evaluate    print a checkpoint's exact losses on a text
+
+After Andrej Karpathy's lecture "Let's build GPT: from scratch, in code, spelled out". The text is
+Tiny Shakespeare. The last model, a decoder-only transformer of one block and 60,515 parameters, ends
+at a validation loss of 1.99; the best that a bigram can do is 2.48.
+
+Losses are in nats per character. Shapes stand at the ends of lines: B sequences of T characters, C
+channels (n_embd) for each, V characters in the vocabulary, S positions that attention can look at.
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import sys
+import tempfile
+import time
+import zipfile
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, astuple, dataclass
+from functools import partial
+from http.client import HTTPException
+from pathlib import Path
+from urllib.request import urlopen
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# ------------------------------------------------------------------------------- configuration
+
+HERE = Path(__file__).resolve().parent
+WEIGHTS = HERE / "gpt_shakespeare.pt"
+TEXT = HERE / "input.txt"
+TEXT_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+class UserError(Exception):
+    """Something that the user can mend; main() tells it in one line and exits with status 2."""
+
+
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The sizes that fix the shapes of a model. The defaults make the CPU model."""
+
+    vocab_size: int
+    block_size: int = 8  # the context window, in characters
+    n_layer: int = 1
+    n_head: int = 1
+    n_embd: int = 65
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        *sizes, dropout = astuple(self)
+        sane = all(type(size) is int and 1 <= size <= 1 << 20 for size in sizes)
+        require(sane and 0 <= dropout < 1, f"sizes that make no sense: {self}")
+        require(self.n_embd % self.n_head == 0, f"heads that do not divide the width: {self}")
+
+
+# ------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def replacing(path):
+    """Open a file for writing that takes the place of `path` when it is complete, or never."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def prepare(folder, *names):
+    """Make `folder`, and make sure that `names` can be written there before any work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
+    for path in (folder / name for name in names):
+        require(not path.is_dir(), f"{path} is a folder: move it, or choose another --out")
+
+
+# ------------------------------------------------------------------------------- text, vocabulary
+
+
+def fetch_text(path, url=TEXT_URL, sha256=TEXT_SHA256):
+    """Download Tiny Shakespeare to `path`, whole and with the right digest or not at all."""
+    print(f"fetching {url}", file=sys.stderr)
+    remedy = f"try again, or save it yourself as {path}; its SHA-256 is {sha256}"
+    try:
+        with urlopen(url, timeout=30) as response:
+            content = response.read(1 << 22)  # four times its size, lest a reply never end
+    except (OSError, HTTPException) as error:
+        raise UserError(f"cannot fetch {url} ({error}): {remedy}") from None
+    right = hashlib.sha256(content).hexdigest() == sha256
+    require(right, f"{url} sent {len(content):,} bytes of another digest: {remedy}")
+    with replacing(path) as file:
+        file.write(content)
+
+
+def read_text(path, default=TEXT, sha256=TEXT_SHA256):
+    """The UTF-8 text in a file; if that is the default one and missing, it is fetched first."""
+    if path == default and not path.exists():
+        fetch_text(path)
+    require(path.exists() and not path.is_dir(), f"there is no file {path}: give --input a text")
+    content = path.read_bytes()
+    require(content, f"{path} is empty: give --input a text")
+    if path == default and hashlib.sha256(content).hexdigest() != sha256:
+        print(f"{path} is not Tiny Shakespeare; it is used as it is", file=sys.stderr)
+    return decode(content, path)
+
+
+def decode(content, name):
+    """UTF-8 as text, without byte-order mark, with "\\n" for "\\r\\n"."""
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 (see byte {error.start}): convert it first") from None
+
+
+def code_points(text):
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def encode(text, vocab):
+    """The ids of N characters, (N,): their places in `vocab`, which is sorted by code point."""
+    known, wanted = code_points(vocab), code_points(text)
+    ids = np.searchsorted(known, wanted).clip(max=len(known) - 1)
+    strange = "".join(map(chr, np.unique(wanted[known[ids] != wanted])))
+    require(not strange, f"the model never saw {strange[:99]!r}: it knows only {vocab[:999]!r}")
+    return torch.from_numpy(ids)
+
+
+def split(data, block_size):
+    """The first 90 % of the ids to train on, the rest to validate on; a window must fit in each."""
+    least = 10 * block_size + 1
+    require(len(data) >= least, f"{len(data):,} characters are too few: give at least {least:,}")
+    boundary = len(data) * 9 // 10
+    return data[:boundary], data[boundary:]
+
+
+def counted_bigram(train, val, vocab_size):
+    """The two losses of a bigram that needs no training: pairs counted in `train`, plus one each."""
+    train, val = train.numpy(), val.numpy()
+    pairs = 1 + np.bincount(train[:-1] * vocab_size + train[1:], minlength=vocab_size**2)
+    pairs = pairs.reshape(vocab_size, vocab_size)
+    log_probability = np.log(pairs / pairs.sum(axis=1, keepdims=True))  # (V, V)
+    return [-log_probability[ids[:-1], ids[1:]].mean() for ids in (train, val)]
+
+
+# ------------------------------------------------------------------------------- parts of the model
+
+
+class KeyValues:
+    """What one attention layer keeps of the characters so far: block_size keys and values at most."""
+
+    def __init__(self, batch_size, config):
+        shape = batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
+        self.keys, self.values, self.length = torch.empty(shape), torch.empty(shape), 0
+
+    def extend(self, keys, values):
+        """Append T keys and values, (B, n_head, T, head_size), and return all S."""
+        new = slice(self.length, self.length + keys.shape[2])
+        self.keys[:, :, new], self.values[:, :, new], self.length = keys, values, new.stop
+        return self.keys[:, :, : new.stop], self.values[:, :, : new.stop]
+
+
+class CausalSelfAttention(nn.Module):
+    """Each position gathers from itself and those before it (Vaswani et al., 2017)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, past=None):
+        B, T, C = x.shape
+        heads = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_size) each
+        if past is not None:
+            k, v = past.extend(k, v)  # (B, n_head, S, head_size)
+        S = k.shape[2]
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, n_head, T, S)
+        visible = torch.ones(T, S, dtype=torch.bool).tril(S - T)  # nobody looks ahead
+        weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
+        gathered = self.dropout(weights) @ v  # (B, n_head, T, head_size)
+        return self.dropout(self.proj(gathered.transpose(1, 2).reshape(B, T, C)))  # (B, T, C)
+
+
+class FeedForward(nn.Module):
+    """Each position thinks about what it has gathered: two layers, ReLU between, 4 times as wide."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):  # (B, T, C)
+        return self.dropout(self.down(F.relu(self.up(x))))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each adding to x what it makes of a normalised x."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln1, self.attention = nn.LayerNorm(config.n_embd), CausalSelfAttention(config)
+        self.ln2, self.feed_forward = nn.LayerNorm(config.n_embd), FeedForward(config)
+
+    def forward(self, x, past=None):  # (B, T, C)
+        x = x + self.attention(self.ln1(x), past)
+        return x + self.feed_forward(self.ln2(x))
+
+
+class LanguageModel(nn.Module):
+    """Token and position embeddings, `blocks` one after the other, a linear head to logits."""
+
+    def __init__(self, config, blocks=(), ln_f=None):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.blocks = nn.ModuleList(blocks)
+        self.ln_f = ln_f or nn.Identity()
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
+
+    def forward(self, idx, pasts=None):  # (B, T)
+        start = pasts[0].length if pasts else 0
+        positions = self.position_embedding.weight[start : start + idx.shape[1]]  # (T, C)
+        x = self.token_embedding(idx) + positions  # (B, T, C)
+        for i, block in enumerate(self.blocks):
+            x = block(x, pasts[i]) if pasts else block(x)
+        return self.lm_head(self.ln_f(x))  # (B, T, V)
+
+
+# ------------------------------------------------------------------------------- the five models
+
+
+def GPT(config):
+    """The whole of it: n_layer blocks and a LayerNorm before the head."""
+    blocks = [Block(config) for _ in range(config.n_layer)]
+    return LanguageModel(config, blocks, nn.LayerNorm(config.n_embd))
+
+
+RUNGS = (  # name, the idea that it adds, its model
+    ("bigram", "a table of next-character logits", lambda c: nn.Embedding(c.vocab_size, c.vocab_size)),
+    ("position", "embeddings of token and position", lambda c: LanguageModel(c)),
+    ("attention", "positions talk", lambda c: LanguageModel(c, [CausalSelfAttention(c)])),
+    ("feed-forward", "positions think", lambda c: LanguageModel(c, [CausalSelfAttention(c), FeedForward(c)])),
+    ("block", "residual connections, LayerNorm", GPT),
+)
+
+
+# ------------------------------------------------------------------------------- loss and training
+
+
+@contextmanager
+def evaluating(model):
+    """Dropout is off inside; afterwards the model is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def windows(data, block_size, characters=2048):
+    """Cover `data` with inputs and targets, (B, T) each; the last, shorter window comes by itself."""
+    x, y = data[:-1], data[1:]
+    whole = len(x) - len(x) % block_size
+    rows = max(1, characters // block_size)
+    x_rows, y_rows = (part[:whole].view(-1, block_size).split(rows) for part in (x, y))
+    return [*zip(x_rows, y_rows), (x[None, whole:], y[None, whole:])]
+
+
+@torch.inference_mode()
+def exact_loss(model, data, block_size, track=iter):
+    """The loss over every character of `data` that has one before it: no luck, always the same."""
+    total = 0.0
+    with evaluating(model):
+        for x, y in track(windows(data, block_size)):
+            logits = model(x)  # (B, T, V)
+            total += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
+    return total / (len(data) - 1)
+
+
+def batches(data, block_size, batch_size, steps, seed):
+    """Yield inputs and targets, (B, T) each. No window of `data` returns before all have come."""
+    generator = torch.Generator().manual_seed(seed)
+    all_windows = data.unfold(0, block_size + 1, block_size)  # (N, T + 1), each starts on the last's end
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(order) < batch_size:
+            order = torch.cat((order, torch.randperm(len(all_windows), generator=generator)))
+        batch, order = all_windows[order[:batch_size]], order[batch_size:]
+        yield batch[:, :-1], batch[:, 1:]
+
+
+def initialize(model):
+    """Start from orthogonal matrices (Saxe et al., 2014), long embeddings and nearly even odds."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            gain = 2.0 if "embedding" in name else 0.3 if "lm_head" in name else 1.0
+            nn.init.orthogonal_(parameter, gain)
+
+
+def train(model, data, val, block_size, steps, seed, track=iter, batch_size=32, peak_rate=8e-3):
+    """Train `model` on `data` with NAdam (Dozat, 2016): AdamW with Nesterov's momentum.
+
+    Return five moments and the exact losses on `val` then: [(step, loss), ...], the last at the end.
+    """
+    # One vector holds all parameters: a step takes a dozen operations, not a dozen for each matrix.
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(flat, model.parameters())
+    optimizer = torch.optim.NAdam(
+        [flat], betas=(0.98, 0.99), weight_decay=0.03, decoupled_weight_decay=True
+    )
+    moments = {math.ceil(steps * part) for part in (1 / 30, 1 / 10, 1 / 3, 2 / 3, 1)}
+    curve = []
+    for step, (x, y) in enumerate(track(batches(data, block_size, batch_size, steps, seed))):
+        logits = model(x)  # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        model.zero_grad()
+        loss.backward()
+        flat.grad = nn.utils.parameters_to_vector(p.grad for p in model.parameters())
+        optimizer.param_groups[0]["lr"] = peak_rate * (1 - step / steps)
+        optimizer.step()
+        if step + 1 in moments:
+            curve.append((step + 1, exact_loss(model, val, block_size)))
+    return curve
+
+
+# ------------------------------------------------------------------------------- checkpoint
+
+
+def save(path, model, vocab, training):
+    """Write a checkpoint of plain types and tensors, whole or not at all."""
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with replacing(path) as file:
+        parts = {"config": asdict(model.config), "vocab": vocab, "model": weights, "training": training}
+        torch.save(parts, file)
+
+
+def load(path):
+    """The GPT in a checkpoint, in float32 and eval mode, its vocabulary, and how it was trained.
+
+    A UserError tells of a file that is missing, damaged, or at odds with itself. No code in it runs.
+    """
+    made = "`python bigram-to-gpt.py` makes one-block.pt, for --weights one-block.pt"
+    require(path.is_file(), f"there are no weights {path}: {made}")
+    try:
+        require(zipfile.is_zipfile(path), "torch.save did not write it, or it is cut off")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model = rebuild(checkpoint, path.stat().st_size)
+    except (OSError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # a damaged file makes torch.load raise almost anything
+        reason = error if isinstance(error, UserError) else type(error).__name__
+        raise UserError(f"{path} is not a checkpoint to trust ({reason}): {made}") from None
+    return model, checkpoint["vocab"], checkpoint["training"]
+
+
+def rebuild(checkpoint, file_size):
+    """The model in a checkpoint, which is checked first, before any of its tensors is touched."""
+    kinds = {"config": dict, "vocab": str, "model": dict, "training": dict}
+    for name, kind in kinds.items():
+        require(isinstance(checkpoint[name], kind), f"{name} is of another type")
+    config, weights = Config(**checkpoint["config"]), checkpoint["model"]
+    vocab = sorted(set(checkpoint["vocab"]))
+    require("".join(vocab) == checkpoint["vocab"], "its vocabulary is not sorted")
+    require(len(vocab) == config.vocab_size, "its vocabulary is not of vocab_size")
+    with torch.device("meta"):  # shapes alone, no memory
+        model = GPT(config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    require(weights.keys() == shapes.keys(), "its names are not those of its configuration")
+    for name, tensor in weights.items():
+        dense = tensor.layout == torch.strided and tensor.is_floating_point()
+        require(dense and tensor.device.type == "cpu", f"{name} is not a dense tensor of floats")
+        require(tensor.shape == shapes[name], f"{name} is not of the shape that it should have")
+    claimed = sum(tensor.nbytes for tensor in weights.values())
+    require(claimed <= file_size, "its tensors claim to be larger than the file")
+    weights = {name: tensor.float() for name, tensor in weights.items()}
+    finite = all(tensor.isfinite().all() for tensor in weights.values())
+    require(finite, "some of its numbers are not finite")
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------- generation
+
+
+@torch.inference_mode()
+def generate(model, idx, tokens, temperature=1.0, top_k=None, generator=None):
+    """Continue `idx`, (B, T): yield the next ids, (B,), `tokens` times.
+
+    Each layer keeps its keys and values, so that a step computes the newest position alone. Learned
+    positions hold them in their places; hence, when the window is full, its last half is read anew
+    from the first position on. Until then the result is that of reading everything at each step.
+    """
+    block_size = model.config.block_size
+    recent, pasts = idx[:, -block_size:], None
+    with evaluating(model):
+        for _ in range(tokens):
+            if pasts is None or pasts[0].length == block_size:
+                unread = recent if pasts is None else recent[:, -max(1, block_size // 2) :]
+                pasts = [KeyValues(len(idx), model.config) for _ in model.blocks]
+            logits = model(unread, pasts)[:, -1]  # (B, V)
+            unread = choose(logits, temperature, top_k, generator)  # (B, 1)
+            recent = torch.cat((recent, unread), dim=1)[:, -block_size:]
+            yield unread[:, 0]
+
+
+def choose(logits, temperature, top_k, generator):
+    """Draw one id for each row of logits, (B, V) to (B, 1); at temperature 0 take the likeliest."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    top = logits.topk(min(top_k or 1, logits.shape[-1])).values  # (B, k), falling
+    scaled = (logits - top[:, :1]).double() / temperature  # at most zero, so that nothing overflows
+    if top_k:
+        scaled = scaled.masked_fill(logits < top[:, -1:], -math.inf)
+    return torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator)
+
+
+# ------------------------------------------------------------------------------- grow
+
+
+def grow(args):
+    """Train the five models in turn: print a table, save a picture and the last model, sample it."""
+    from tqdm import tqdm
+
+    text = read_text(args.input)
+    vocab = "".join(sorted(set(text)))
+    config = Config(vocab_size=len(vocab))
+    data, val = split(encode(text, vocab), config.block_size)
+    prepare(args.out, "growth.png", "one-block.pt")
+
+    print(f"{args.input.name}: {len(text):,} characters, {len(vocab)} of them distinct;", end=" ")
+    print(f"{len(data):,} to train on, {len(val):,} to validate on\n")
+    row = "{:15} {:33} {:>10} {:>8} {:>11} {:>10} {:>8}".format
+    print(row("rung", "adds", "parameters", "train", "validation", "bits/char", "seconds"))
+    counted = counted_bigram(data, val, len(vocab))
+    print(row("0 counting", "pairs counted, no training", "", *map("{:.4f}".format, counted), "", ""))
+    grown = []
+    for number, (name, adds, build) in enumerate(RUNGS, start=1):
+        start, title = time.perf_counter(), f"{number} {name}"
+        torch.manual_seed(args.seed)
+        model = build(config)
+        initialize(model)
+        bar = partial(tqdm, desc=title, total=args.steps, leave=False, mininterval=0.5)
+        curve = train(model, data, val, config.block_size, args.steps, args.seed, bar)
+        train_loss, val_loss = exact_loss(model, data, config.block_size), curve[-1][1]
+        grown.append((title, curve, train_loss, val_loss))
+        parameters = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+        losses = map("{:.4f}".format, (train_loss, val_loss, val_loss / math.log(2)))
+        seconds = f"{time.perf_counter() - start:.1f}"
+        print(row(title, adds, parameters, *losses, seconds), flush=True)
+
+    draw(args.out / "growth.png", grown, counted[1], args.input.name)
+    training = {"step": args.steps, "train_loss": train_loss, "val_loss": val_loss}
+    training |= {"seed": args.seed, "device": "cpu", "torch": str(torch.__version__)}
+    save(args.out / "one-block.pt", model, vocab, training)
+    print(f"wrote {args.out / 'growth.png'} and {args.out / 'one-block.pt'}", file=sys.stderr)
+    generator = torch.Generator().manual_seed(args.seed)
+    ids = generate(model, torch.zeros(1, 1, dtype=torch.long), 500, generator=generator)
+    print("\n500 characters from the last model:\n\n" + "".join(vocab[i] for i in ids))
+
+
+def draw(path, grown, counted, name):
+    """Save the picture: validation losses during training, and the losses on both splits at the end."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    during, last = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    colours = colormaps["viridis"](np.linspace(0.8, 0.0, len(grown)))
+    for (title, curve, train_loss, val_loss), colour in zip(grown, colours):
+        during.plot(*zip(*curve), "o-", color=colour, label=title)
+        last.plot(title, train_loss, "o", color=colour, fillstyle="none")
+        last.plot(title, val_loss, "o", color=colour)
+        last.annotate(f"{val_loss:.3f}", (title, val_loss), (0, 7), textcoords="offset points", ha="center")
+    for axes in (during, last):
+        axes.axhline(counted, linestyle="--", color="grey", linewidth=1, zorder=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+    during.plot([], [], "--", color="grey", linewidth=1, label=f"bigrams counted, {counted:.3f}")
+    during.legend(frameon=False)
+    during.set(title=f"Growing on {name}", xlabel="iteration", ylabel="loss (nats per character)")
+    last.set(title="At the end: validation filled, train hollow", xmargin=0.15)
+    last.tick_params(axis="x", rotation=20)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+# ------------------------------------------------------------------------------- sample, evaluate
+
+
+def sample(args):
+    """Continue the prompt on stdout: one text as it is drawn, several as one batch, then in turn."""
+    model, vocab, _ = load(args.weights)
+    prompt = decode(sys.stdin.buffer.read(), "the prompt") if args.prompt == "-" else args.prompt
+    idx = encode(prompt or vocab[0], vocab).repeat(args.samples, 1)  # (B, T)
+    generator = torch.Generator()
+    seed = generator.seed() if args.seed is None else args.seed
+    generator.manual_seed(seed)
+    columns = generate(model, idx, args.tokens, args.temperature, args.top_k, generator)
+    start, drawn = time.perf_counter(), []
+    try:
+        if args.samples == 1:
+            print(prompt, end="", flush=True)
+        for ids in columns:  # (B,)
+            drawn.append(ids)
+            if args.samples == 1:
+                print(vocab[ids[0]], end="", flush=True)
+    finally:  # after Ctrl-C as well
+        speed = len(drawn) * args.samples / (time.perf_counter() - start)
+        if args.samples > 1 and drawn:
+            rows = torch.stack(drawn, dim=1)  # (B, tokens)
+            texts = (prompt + "".join(vocab[i] for i in row) for row in rows)
+            print(f"\n{'-' * 40}\n".join(texts), end="", flush=True)
+        if sys.stdout.isatty():
+            print()
+        print(f"{speed:,.0f} characters per second, seed {seed}", file=sys.stderr)
+
+
+def evaluate(args):
+    """Print the exact losses of a checkpoint on both splits of a text, beside those that it claims."""
+    from tqdm import tqdm
+
+    model, vocab, training = load(args.weights)
+    splits = split(encode(read_text(args.input), vocab), model.config.block_size)
+    print(f"{'loss on ' + args.input.name:24} {'measured':>10} {'in the file':>12}")
+    for title, key, data in zip(("train", "validation"), ("train_loss", "val_loss"), splits):
+        claim = training.get(key)
+        bar = partial(tqdm, desc=title, leave=False)
+        loss = exact_loss(model, data, model.config.block_size, bar)
+        claim = f"{claim:.4f}" if isinstance(claim, float) else "nothing"
+        print(f"{title:24} {loss:10.4f} {claim:>12}", flush=True)
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def number(kind, low, high=2**63 - 1):
+    """An argparse type: an int or a float from `low` to `high`."""
+
+    def parse(text):
+        with suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} from {low} to {high:,}")
+
+    return parse
+
+
+def parse(argv):
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        argv = ["grow", *argv]
+    parser = Parser(
+        description="Grow a bigram table into a GPT on the CPU; sample and evaluate checkpoints.",
+        epilog="Each action has a --help of its own. Without an action, it is grow.",
+    )
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+
+    def action(run, text):
+        added = actions.add_parser(run.__name__, help=text, description=text)
+        added.set_defaults(run=run)
+        return added.add_argument
+
+    natural, seed = number(int, 1), number(int, 0)
+    file, folder = ({"type": Path, "metavar": name} for name in ("FILE", "DIR"))
+
+    option = action(grow, "train five models: a table, growth.png, one-block.pt and a sample")
+    option("--input", **file, default=TEXT, help="your own UTF-8 text (default: Tiny Shakespeare)")
+    option("--steps", metavar="N", type=natural, default=3000, help="iterations per model (3000)")
+    option("--seed", metavar="N", type=seed, default=1337, help="fixes losses and sample (1337)")
+    option("--out", **folder, default=Path(), help="where the two files go (current directory)")
+
+    option = action(sample, "continue a prompt on stdout")
+    option("--weights", **file, default=WEIGHTS, help=f"the checkpoint ({WEIGHTS.name})")
+    option("--prompt", metavar="TEXT", default="", help="what to continue; - reads it from stdin")
+    option("--tokens", metavar="N", type=natural, default=500, help="how many characters (500)")
+    option("--temperature", metavar="F", type=number(float, 0, math.inf), default=1.0,
+           help="0 takes the likeliest, below 1 is careful, above 1 is wild (1.0)")  # fmt: skip
+    option("--top-k", metavar="N", type=natural, help="draw among the N likeliest only")
+    option("--seed", metavar="N", type=seed, help="the same seed draws the same text")
+    option("--samples", metavar="N", type=number(int, 1, 256), default=1, help="how many texts (1)")
+
+    option = action(evaluate, "print a checkpoint's exact train and validation loss on a text")
+    option("--weights", **file, default=WEIGHTS, help=f"the checkpoint ({WEIGHTS.name})")
+    option("--input", **file, default=TEXT, help="the UTF-8 text (default: Tiny Shakespeare)")
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    """Run one action and return the exit status."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
+    try:
+        args = parse(argv)
+        args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads us, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return 130
+    except (UserError, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
