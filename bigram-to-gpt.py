@@ -519,7 +519,7 @@ def sample(args):
     prompt = decode(sys.stdin.buffer.read(), "the prompt") if args.prompt == "-" else args.prompt
     idx = encode(prompt or vocab[0], vocab).repeat(args.samples, 1)  # (B, T)
     generator = torch.Generator()
-    seed = generator.seed() if args.seed is None else args.seed
+    seed = generator.seed() % 2**32 if args.seed is None else args.seed
     generator.manual_seed(seed)
     columns = generate(model, idx, args.tokens, args.temperature, args.top_k, generator)
     start, drawn = time.perf_counter(), []
@@ -536,9 +536,9 @@ def sample(args):
             rows = torch.stack(drawn, dim=1)  # (B, tokens)
             texts = (prompt + "".join(vocab[i] for i in row) for row in rows)
             print(f"\n{'-' * 40}\n".join(texts), end="", flush=True)
-        if sys.stdout.isatty():
-            print()
-        print(f"{speed:,.0f} characters per second, seed {seed}", file=sys.stderr)
+    if sys.stdout.isatty():
+        print()
+    print(f"{speed:,.0f} characters per second, seed {seed}", file=sys.stderr)
 
 
 def evaluate(args):
@@ -566,12 +566,13 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low, high=2**63 - 1):
     """An argparse type: an int or a float from `low` to `high`."""
+    name = {int: "a whole number", float: "a number"}[kind]
 
     def parse(text):
         with suppress(ValueError):
             if low <= (value := kind(text)) <= high:
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} from {low} to {high:,}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high:,}")
 
     return parse
 
