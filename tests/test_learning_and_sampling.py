@@ -1,0 +1,161 @@
+"""Training, exact losses, sampling and fetching, against independent calculations."""
+
+import hashlib
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPT
+from torch.nn import functional as F
+
+
+@pytest.fixture(scope="module")
+def tiny(gpt):
+    """A random model of two blocks, two heads and a window of 16."""
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.Config(20, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2))
+    gpt.initialize(model)
+    return model
+
+
+def markov_chain(length, size=6, seed=0):
+    """Ids in which each depends on the one before it alone."""
+    rng = np.random.default_rng(seed)
+    table, ids = rng.dirichlet(np.full(size, 0.5), size=size), [0]
+    for _ in range(length - 1):
+        ids.append(rng.choice(size, p=table[ids[-1]]))
+    return torch.tensor(ids)
+
+
+def test_trained_bigram_comes_near_its_closed_form(gpt):
+    data, val = gpt.split(markov_chain(20_000), 8)
+    counts = np.ones((6, 6))
+    for first, second in zip(data[:-1], data[1:]):
+        counts[first, second] += 1
+    chances = counts / counts.sum(axis=1, keepdims=True)
+    expected = [-np.mean([math.log(chances[a, b]) for a, b in zip(s[:-1], s[1:])]) for s in (data, val)]
+    assert gpt.counted_bigram(data, val, 6) == pytest.approx(expected)
+    torch.manual_seed(1)
+    model = gpt.RUNGS[0][2](gpt.Config(6))
+    gpt.initialize(model)
+    (*_, (step, loss)) = gpt.train(model, data, val, 8, steps=600, seed=1)
+    assert step == 600 and loss == pytest.approx(expected[1], abs=0.02)
+
+
+def test_a_small_model_overfits_a_tiny_text(gpt):
+    torch.manual_seed(0)
+    data = torch.randperm(40)[:33]
+    model = gpt.GPT(gpt.Config(40))
+    gpt.initialize(model)
+    gpt.train(model, data, data, 8, steps=200, seed=0)
+    assert gpt.exact_loss(model, data, 8) < 0.05
+
+
+def test_exact_loss_is_the_mean_over_every_character(gpt, tiny):
+    data = torch.randint(20, (75,))
+    tiny.train()
+    losses = []
+    for start in range(0, 74, 16):
+        x, y = data[start : start + 16], data[start + 1 : start + 17]
+        logits = tiny.eval()(x[None, : len(y)])[0]
+        losses += F.cross_entropy(logits, y, reduction="none").tolist()
+    tiny.train()
+    assert gpt.exact_loss(tiny, data, 16) == pytest.approx(np.mean(losses), abs=1e-6)
+    assert len(losses) == 74 and tiny.training
+
+
+@torch.no_grad()
+def uncached(gpt, model, idx, tokens, **options):
+    """Recompute the window at each step; when it is full, go on from its last half, as documented."""
+    window, drawn = idx[:, -16:], []
+    model.eval()
+    for _ in range(tokens):
+        new = gpt.choose(model(window)[:, -1], **options)
+        drawn.append(new)
+        window = torch.cat((window[:, -7:] if window.shape[1] == 16 else window, new), dim=1)
+    return torch.cat(drawn, dim=1)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("length", [1, 9, 16, 40])
+def test_cached_sampling_equals_uncached_within_and_beyond_the_window(gpt, tiny, temperature, length):
+    idx = torch.randint(20, (3, length), generator=torch.Generator().manual_seed(1))
+    options = {"temperature": temperature, "top_k": 5}
+    tiny.train()
+    cached = gpt.generate(tiny, idx, 50, **options, generator=torch.Generator().manual_seed(2))
+    cached = torch.stack(list(cached), dim=1)
+    assert tiny.training and not cached.requires_grad
+    generator = torch.Generator().manual_seed(2)
+    assert torch.equal(cached, uncached(gpt, tiny, idx, 50, **options, generator=generator))
+
+
+def test_top_k_and_temperature_draw_what_they_should(gpt):
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).repeat(4000, 1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = gpt.choose(logits, 0.5, 2, generator)
+    assert set(drawn.flatten().tolist()) == {2, 3}
+    assert (drawn == 3).double().mean().item() == pytest.approx(1 / (1 + math.exp(-2)), abs=0.02)
+    assert set(gpt.choose(logits, 1e-320, None, generator).flatten().tolist()) == {3}
+    assert set(gpt.choose(logits, math.inf, 3, generator).flatten().tolist()) == {1, 2, 3}
+
+
+def test_checkpoint_round_trip(gpt, tiny, tmp_path):
+    vocab = "".join(map(chr, range(100, 120)))
+    gpt.save(tmp_path / "tiny.pt", tiny, vocab, {"step": 7})
+    model, same_vocab, training = gpt.load(tmp_path / "tiny.pt")
+    idx = torch.randint(20, (2, 16))
+    assert (same_vocab, training, model.config) == (vocab, {"step": 7}, tiny.config)
+    assert torch.equal(model(idx), tiny.eval()(idx))
+
+
+@pytest.fixture
+def server():
+    """A server on this machine that gives b"the text", cut off at /cut and never found at /none."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(404 if self.path == "/none" else 200)
+            self.send_header("Content-Length", "8")
+            self.end_headers()
+            self.wfile.write(b"the" if self.path == "/cut" else b"the text")
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_fetching_writes_the_whole_text_or_nothing(gpt, server, tmp_path):
+    path, digest = tmp_path / "input.txt", hashlib.sha256(b"the text").hexdigest()
+    for page, sha256 in (("/cut", digest), ("/none", digest), ("/text", "another")):
+        with pytest.raises(gpt.UserError, match="save it yourself as"):
+            gpt.fetch_text(path, server + page, sha256)
+        assert not list(tmp_path.iterdir())
+    gpt.fetch_text(path, server + "/text", digest)
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the text"]
+
+
+def test_without_a_network_the_address_the_file_and_the_digest_are_named(gpt, tmp_path):
+    with pytest.raises(gpt.UserError) as error:
+        gpt.fetch_text(tmp_path / "input.txt", "http://127.0.0.1:9/text")
+    for part in ("http://127.0.0.1:9/text", "input.txt", gpt.TEXT_SHA256):
+        assert part in str(error.value)
+
+
+@pytest.mark.skipif(not (SCRIPT.parent / "input.txt").exists(), reason="the text is not there")
+def test_the_real_text(gpt):
+    text = gpt.read_text(gpt.TEXT)
+    vocab = "".join(sorted(set(text)))
+    assert (len(text), len(vocab)) == (1_115_394, 65)
+    assert hashlib.sha256(gpt.TEXT.read_bytes()).hexdigest() == gpt.TEXT_SHA256
+    ids = gpt.encode(text, vocab)
+    assert "".join(vocab[i] for i in ids[:1000]) == text[:1000]
+    data, val = gpt.split(ids, 8)
+    assert (len(data), len(val)) == (1_003_854, 111_540)
+    assert gpt.counted_bigram(data, val, 65) == pytest.approx([2.4546, 2.4819], abs=5e-5)
