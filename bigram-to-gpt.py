@@ -5,8 +5,8 @@
     python bigram-to-gpt.py evaluate    print a checkpoint's exact losses on a text
 
 After Andrej Karpathy's lecture "Let's build GPT: from scratch, in code, spelled out". The text is
-Tiny Shakespeare. The last model, a decoder-only transformer of one block and 60,515 parameters, ends
-at a validation loss of 1.99; the best that a bigram can do is 2.48.
+Tiny Shakespeare. The last model, a decoder-only transformer of one block and 60,515 parameters,
+ends at a validation loss of 1.995 (mean of seeds 1, 2, 3); counting bigrams gives 2.482.
 
 Losses are in nats per character. Shapes stand at the ends of lines: B sequences of T characters, C
 channels (n_embd) for each, V characters in the vocabulary, S positions that attention can look at.
@@ -20,11 +20,14 @@ import sys
 import tempfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from http.client import HTTPException
+from itertools import takewhile
 from pathlib import Path
+from threading import Event
 from urllib.request import urlopen
 
 import numpy as np
@@ -32,12 +35,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# ------------------------------------------------------------------------------- configuration
+# ---------------------------------------------------------------------------------- configuration
 
 HERE = Path(__file__).resolve().parent
-WEIGHTS = HERE / "gpt_shakespeare.pt"
-TEXT = HERE / "input.txt"
-TEXT_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+WEIGHTS, TEXT = HERE / "gpt_shakespeare.pt", HERE / "input.txt"
+CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master"
+TEXT_URL = f"{CHAR_RNN}/data/tinyshakespeare/input.txt"
 TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
@@ -62,13 +65,14 @@ class Config:
     dropout: float = 0.0
 
     def __post_init__(self):
-        *sizes, dropout = astuple(self)
+        sizes = self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd
         sane = all(type(size) is int and 1 <= size <= 1 << 20 for size in sizes)
-        require(sane and 0 <= dropout < 1, f"sizes that make no sense: {self}")
+        sane = sane and self.n_layer <= 1000 and 0 <= self.dropout < 1
+        require(sane, f"sizes that make no sense: {self}")
         require(self.n_embd % self.n_head == 0, f"heads that do not divide the width: {self}")
 
 
-# ------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------- text and vocabulary
 
 
 @contextmanager
@@ -82,20 +86,6 @@ def replacing(path):
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def prepare(folder, *names):
-    """Make `folder`, and make sure that `names` can be written there before any work is done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
-    for path in (folder / name for name in names):
-        require(not path.is_dir(), f"{path} is a folder: move it, or choose another --out")
-
-
-# ------------------------------------------------------------------------------- text, vocabulary
 
 
 def fetch_text(path, url=TEXT_URL, sha256=TEXT_SHA256):
@@ -113,14 +103,12 @@ def fetch_text(path, url=TEXT_URL, sha256=TEXT_SHA256):
         file.write(content)
 
 
-def read_text(path, default=TEXT, sha256=TEXT_SHA256):
+def read_text(path):
     """The UTF-8 text in a file; if that is the default one and missing, it is fetched first."""
-    if path == default and not path.exists():
+    if path == TEXT and not path.exists():
         fetch_text(path)
-    require(path.exists() and not path.is_dir(), f"there is no file {path}: give --input a text")
     content = path.read_bytes()
-    require(content, f"{path} is empty: give --input a text")
-    if path == default and hashlib.sha256(content).hexdigest() != sha256:
+    if path == TEXT and hashlib.sha256(content).hexdigest() != TEXT_SHA256:
         print(f"{path} is not Tiny Shakespeare; it is used as it is", file=sys.stderr)
     return decode(content, path)
 
@@ -133,41 +121,39 @@ def decode(content, name):
         raise UserError(f"{name} is not UTF-8 (see byte {error.start}): convert it first") from None
 
 
-def code_points(text):
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-
-
 def encode(text, vocab):
-    """The ids of N characters, (N,): their places in `vocab`, which is sorted by code point."""
-    known, wanted = code_points(vocab), code_points(text)
-    ids = np.searchsorted(known, wanted).clip(max=len(known) - 1)
-    strange = "".join(map(chr, np.unique(wanted[known[ids] != wanted])))
+    """The ids of N characters, (N,): their places in `vocab`."""
+    strange = "".join(sorted(set(text) - set(vocab)))
     require(not strange, f"the model never saw {strange[:99]!r}: it knows only {vocab[:999]!r}")
-    return torch.from_numpy(ids)
+    id_of = {character: i for i, character in enumerate(vocab)}
+    return torch.from_numpy(np.fromiter(map(id_of.get, text), np.int64, len(text)))
 
 
-def split(data, block_size):
-    """The first 90 % of the ids to train on, the rest to validate on; a window must fit in each."""
+def split(text, block_size):
+    """The first 90 % of a text to train on, the rest to validate on; a window must fit in each."""
     least = 10 * block_size + 1
-    require(len(data) >= least, f"{len(data):,} characters are too few: give at least {least:,}")
-    boundary = len(data) * 9 // 10
-    return data[:boundary], data[boundary:]
+    require(
+        len(text) >= least,
+        f"a text of {len(text):,} characters is too short: give at least {least:,}",
+    )
+    boundary = len(text) * 9 // 10
+    return text[:boundary], text[boundary:]
 
 
 def counted_bigram(train, val, vocab_size):
-    """The two losses of a bigram that needs no training: pairs counted in `train`, plus one each."""
+    """Both losses of a bigram that needs no training: pairs counted in `train`, plus one each."""
     train, val = train.numpy(), val.numpy()
-    pairs = 1 + np.bincount(train[:-1] * vocab_size + train[1:], minlength=vocab_size**2)
-    pairs = pairs.reshape(vocab_size, vocab_size)
+    pairs = np.ones((vocab_size, vocab_size))
+    np.add.at(pairs, (train[:-1], train[1:]), 1)
     log_probability = np.log(pairs / pairs.sum(axis=1, keepdims=True))  # (V, V)
     return [-log_probability[ids[:-1], ids[1:]].mean() for ids in (train, val)]
 
 
-# ------------------------------------------------------------------------------- parts of the model
+# ------------------------------------------------------------------------------ parts of the model
 
 
 class KeyValues:
-    """What one attention layer keeps of the characters so far: block_size keys and values at most."""
+    """What one attention layer keeps of the characters so far, block_size of them at most."""
 
     def __init__(self, batch_size, config):
         shape = batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
@@ -205,7 +191,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Each position thinks about what it has gathered: two layers, ReLU between, 4 times as wide."""
+    """Each position thinks about what it gathered: two layers, 4 times as wide between, ReLU."""
 
     def __init__(self, config):
         super().__init__()
@@ -231,15 +217,15 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Token and position embeddings, `blocks` one after the other, a linear head to logits."""
+    """Token and position embeddings, parts that build on them in turn, a linear head to logits."""
 
-    def __init__(self, config, blocks=(), ln_f=None):
+    def __init__(self, config, parts=(), final_norm=nn.Identity):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
-        self.blocks = nn.ModuleList(blocks)
-        self.ln_f = ln_f or nn.Identity()
+        self.blocks = nn.ModuleList(part(config) for part in parts)
+        self.ln_f = final_norm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
 
     def forward(self, idx, pasts=None):  # (B, T)
@@ -251,22 +237,35 @@ class LanguageModel(nn.Module):
         return self.lm_head(self.ln_f(x))  # (B, T, V)
 
 
-# ------------------------------------------------------------------------------- the five models
+# --------------------------------------------------------------------------------- the five models
 
 
-def GPT(config):
-    """The whole of it: n_layer blocks and a LayerNorm before the head."""
-    blocks = [Block(config) for _ in range(config.n_layer)]
-    return LanguageModel(config, blocks, nn.LayerNorm(config.n_embd))
+def gpt(config):
+    """The whole of it: n_layer blocks, and a LayerNorm before the head."""
+    return LanguageModel(config, [Block] * config.n_layer, nn.LayerNorm)
 
 
 RUNGS = (  # name, the idea that it adds, its model
-    ("bigram", "a table of next-character logits", lambda c: nn.Embedding(c.vocab_size, c.vocab_size)),
-    ("position", "embeddings of token and position", lambda c: LanguageModel(c)),
-    ("attention", "positions talk", lambda c: LanguageModel(c, [CausalSelfAttention(c)])),
-    ("feed-forward", "positions think", lambda c: LanguageModel(c, [CausalSelfAttention(c), FeedForward(c)])),
-    ("block", "residual connections, LayerNorm", GPT),
+    ("bigram", "logits looked up in a table", lambda c: nn.Embedding(c.vocab_size, c.vocab_size)),
+    ("position", "embeddings of token and position", LanguageModel),
+    ("attention", "positions talk", lambda c: LanguageModel(c, [CausalSelfAttention])),
+    (
+        "feed-forward",
+        "positions think",
+        lambda c: LanguageModel(c, [CausalSelfAttention, FeedForward]),
+    ),
+    ("block", "residual connections, LayerNorm", gpt),
 )
+
+
+def initialize(model, seed):
+    """Start from orthogonal matrices (Saxe et al., 2014), long embeddings and nearly even odds."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            gain = 2.0 if "embedding" in name else 0.3 if "lm_head" in name else 1.0
+            nn.init.orthogonal_(parameter, gain)
+    return model
 
 
 # ------------------------------------------------------------------------------- loss and training
@@ -283,65 +282,55 @@ def evaluating(model):
         model.train(was_training)
 
 
-def windows(data, block_size, characters=2048):
-    """Cover `data` with inputs and targets, (B, T) each; the last, shorter window comes by itself."""
-    x, y = data[:-1], data[1:]
-    whole = len(x) - len(x) % block_size
-    rows = max(1, characters // block_size)
-    x_rows, y_rows = (part[:whole].view(-1, block_size).split(rows) for part in (x, y))
-    return [*zip(x_rows, y_rows), (x[None, whole:], y[None, whole:])]
-
-
 @torch.inference_mode()
 def exact_loss(model, data, block_size, track=iter):
     """The loss over every character of `data` that has one before it: no luck, always the same."""
+    x, y = data[:-1], data[1:]
+    whole = len(x) - len(x) % block_size  # the last, shorter window comes by itself
+    rows = max(1, 2048 // block_size)  # what is computed at once fits in a cache
+    parts = zip(*(ids[:whole].view(-1, block_size).split(rows) for ids in (x, y)))
     total = 0.0
     with evaluating(model):
-        for x, y in track(windows(data, block_size)):
-            logits = model(x)  # (B, T, V)
-            total += F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
-    return total / (len(data) - 1)
+        for inputs, targets in track([*parts, (x[None, whole:], y[None, whole:])]):  # (B, T) each
+            logits = model(inputs).flatten(0, 1)  # (B * T, V)
+            total += F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
+    return total / len(x)
 
 
 def batches(data, block_size, batch_size, steps, seed):
     """Yield inputs and targets, (B, T) each. No window of `data` returns before all have come."""
-    generator = torch.Generator().manual_seed(seed)
-    all_windows = data.unfold(0, block_size + 1, block_size)  # (N, T + 1), each starts on the last's end
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        while len(order) < batch_size:
-            order = torch.cat((order, torch.randperm(len(all_windows), generator=generator)))
-        batch, order = all_windows[order[:batch_size]], order[batch_size:]
+    windows = data.unfold(0, block_size + 1, block_size)  # (N, T + 1), the last is the next's first
+    shuffle = partial(torch.randperm, generator=torch.Generator().manual_seed(seed))
+    epochs = math.ceil(steps * batch_size / len(windows))
+    order = torch.cat([shuffle(len(windows)) for _ in range(epochs)])
+    for rows in order[: steps * batch_size].split(batch_size):
+        batch = windows[rows]  # (B, T + 1)
         yield batch[:, :-1], batch[:, 1:]
 
 
-def initialize(model):
-    """Start from orthogonal matrices (Saxe et al., 2014), long embeddings and nearly even odds."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            gain = 2.0 if "embedding" in name else 0.3 if "lm_head" in name else 1.0
-            nn.init.orthogonal_(parameter, gain)
-
-
 def train(model, data, val, block_size, steps, seed, track=iter, batch_size=32, peak_rate=8e-3):
-    """Train `model` on `data` with NAdam (Dozat, 2016): AdamW with Nesterov's momentum.
+    """Train `model` on `data` with NAdam (Dozat, 2016), which is Adam with Nesterov's momentum.
 
-    Return five moments and the exact losses on `val` then: [(step, loss), ...], the last at the end.
+    Return the exact losses on `val` at five moments, [(step, loss), ...], the last at the end.
     """
-    # One vector holds all parameters: a step takes a dozen operations, not a dozen for each matrix.
-    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
-    nn.utils.vector_to_parameters(flat, model.parameters())
-    optimizer = torch.optim.NAdam(
-        [flat], betas=(0.98, 0.99), weight_decay=0.03, decoupled_weight_decay=True
-    )
+    # One vector holds all parameters, another all gradients: a step of the optimizer takes a dozen
+    # operations, not a dozen for each matrix.
+    parameters = list(model.parameters())
+    flat = nn.utils.parameters_to_vector(parameters).detach()
+    nn.utils.vector_to_parameters(flat, parameters)
+    flat.grad = torch.zeros_like(flat)
+    for parameter, part in zip(parameters, flat.grad.split([p.numel() for p in parameters])):
+        parameter.grad = part.view_as(parameter)
+
+    settings = {"betas": (0.98, 0.98), "weight_decay": 0.03, "decoupled_weight_decay": True}
+    optimizer = torch.optim.NAdam([flat], **settings)
     moments = {math.ceil(steps * part) for part in (1 / 30, 1 / 10, 1 / 3, 2 / 3, 1)}
     curve = []
     for step, (x, y) in enumerate(track(batches(data, block_size, batch_size, steps, seed))):
         logits = model(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-        model.zero_grad()
+        flat.grad.zero_()
         loss.backward()
-        flat.grad = nn.utils.parameters_to_vector(p.grad for p in model.parameters())
         optimizer.param_groups[0]["lr"] = peak_rate * (1 - step / steps)
         optimizer.step()
         if step + 1 in moments:
@@ -349,34 +338,33 @@ def train(model, data, val, block_size, steps, seed, track=iter, batch_size=32, 
     return curve
 
 
-# ------------------------------------------------------------------------------- checkpoint
+# -------------------------------------------------------------------------------------- checkpoint
 
 
 def save(path, model, vocab, training):
     """Write a checkpoint of plain types and tensors, whole or not at all."""
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parts = {"config": asdict(model.config), "vocab": vocab, "model": weights, "training": training}
     with replacing(path) as file:
-        parts = {"config": asdict(model.config), "vocab": vocab, "model": weights, "training": training}
         torch.save(parts, file)
 
 
 def load(path):
     """The GPT in a checkpoint, in float32 and eval mode, its vocabulary, and how it was trained.
 
-    A UserError tells of a file that is missing, damaged, or at odds with itself. No code in it runs.
+    A UserError tells that a file is missing, damaged, or at odds with itself. No code in it runs.
     """
     made = "`python bigram-to-gpt.py` makes one-block.pt, for --weights one-block.pt"
     require(path.is_file(), f"there are no weights {path}: {made}")
     try:
         require(zipfile.is_zipfile(path), "torch.save did not write it, or it is cut off")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = rebuild(checkpoint, path.stat().st_size)
-    except (OSError, KeyboardInterrupt):
+        return rebuild(checkpoint, path.stat().st_size), checkpoint["vocab"], checkpoint["training"]
+    except OSError:
         raise
     except Exception as error:  # a damaged file makes torch.load raise almost anything
         reason = error if isinstance(error, UserError) else type(error).__name__
         raise UserError(f"{path} is not a checkpoint to trust ({reason}): {made}") from None
-    return model, checkpoint["vocab"], checkpoint["training"]
 
 
 def rebuild(checkpoint, file_size):
@@ -384,12 +372,12 @@ def rebuild(checkpoint, file_size):
     kinds = {"config": dict, "vocab": str, "model": dict, "training": dict}
     for name, kind in kinds.items():
         require(isinstance(checkpoint[name], kind), f"{name} is of another type")
-    config, weights = Config(**checkpoint["config"]), checkpoint["model"]
-    vocab = sorted(set(checkpoint["vocab"]))
-    require("".join(vocab) == checkpoint["vocab"], "its vocabulary is not sorted")
-    require(len(vocab) == config.vocab_size, "its vocabulary is not of vocab_size")
+    config, vocab = Config(**checkpoint["config"]), checkpoint["vocab"]
+    in_order = list(vocab) == sorted(set(vocab)) and len(vocab) == config.vocab_size
+    require(in_order, "its vocabulary is not vocab_size characters in order")
     with torch.device("meta"):  # shapes alone, no memory
-        model = GPT(config)
+        model = gpt(config)
+    weights = checkpoint["model"]
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     require(weights.keys() == shapes.keys(), "its names are not those of its configuration")
     for name, tensor in weights.items():
@@ -405,7 +393,7 @@ def rebuild(checkpoint, file_size):
     return model.eval()
 
 
-# ------------------------------------------------------------------------------- generation
+# -------------------------------------------------------------------------------------- generation
 
 
 @torch.inference_mode()
@@ -440,63 +428,78 @@ def choose(logits, temperature, top_k, generator):
     return torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator)
 
 
-# ------------------------------------------------------------------------------- grow
+# ------------------------------------------------------------------------------------ command line
 
 
 def grow(args):
-    """Train the five models in turn: print a table, save a picture and the last model, sample it."""
+    """Train the five models: print a table, save a picture and the last model, sample it."""
     from tqdm import tqdm
 
-    text = read_text(args.input)
+    text, steps, seed, block_size = read_text(args.input), args.steps, args.seed, Config.block_size
     vocab = "".join(sorted(set(text)))
+    data, val = (encode(part, vocab) for part in split(text, block_size))
+    args.out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.out).close()  # better to find out now than after training
     config = Config(vocab_size=len(vocab))
-    data, val = split(encode(text, vocab), config.block_size)
-    prepare(args.out, "growth.png", "one-block.pt")
+    counted = counted_bigram(data, val, len(vocab))
+    titles = [f"{number} {name}" for number, (name, _, _) in enumerate(RUNGS, start=1)]
+    models = [initialize(build(config), seed) for _, _, build in RUNGS]
+    stopped = Event()
+    unless_stopped = partial(takewhile, lambda _: not stopped.is_set())
+
+    def grow_rung(title, model):
+        start = time.perf_counter()
+        bar = partial(tqdm, desc=title, total=steps, leave=False, mininterval=0.5)
+        curve = train(model, data, val, block_size, steps, seed, lambda b: unless_stopped(bar(b)))
+        train_loss = exact_loss(model, data, block_size, unless_stopped)
+        return curve, train_loss, time.perf_counter() - start
 
     print(f"{args.input.name}: {len(text):,} characters, {len(vocab)} of them distinct;", end=" ")
     print(f"{len(data):,} to train on, {len(val):,} to validate on\n")
     row = "{:15} {:33} {:>10} {:>8} {:>11} {:>10} {:>8}".format
     print(row("rung", "adds", "parameters", "train", "validation", "bits/char", "seconds"))
-    counted = counted_bigram(data, val, len(vocab))
-    print(row("0 counting", "pairs counted, no training", "", *map("{:.4f}".format, counted), "", ""))
+    losses = map("{:.4f}".format, counted)
+    print(row("0 counting", "pairs counted, no training", "", *losses, "", ""), flush=True)
     grown = []
-    for number, (name, adds, build) in enumerate(RUNGS, start=1):
-        start, title = time.perf_counter(), f"{number} {name}"
-        torch.manual_seed(args.seed)
-        model = build(config)
-        initialize(model)
-        bar = partial(tqdm, desc=title, total=args.steps, leave=False, mininterval=0.5)
-        curve = train(model, data, val, config.block_size, args.steps, args.seed, bar)
-        train_loss, val_loss = exact_loss(model, data, config.block_size), curve[-1][1]
-        grown.append((title, curve, train_loss, val_loss))
-        parameters = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
-        losses = map("{:.4f}".format, (train_loss, val_loss, val_loss / math.log(2)))
-        seconds = f"{time.perf_counter() - start:.1f}"
-        print(row(title, adds, parameters, *losses, seconds), flush=True)
+    # Two models at a time, on one core each, finish sooner than one after the other on both cores.
+    torch.set_num_threads(1)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        try:
+            results = pool.map(grow_rung, titles, models)
+            for title, (_, adds, _), model, result in zip(titles, RUNGS, models, results):
+                curve, train_loss, seconds = result
+                val_loss = curve[-1][1]
+                parameters = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+                losses = map("{:.4f}".format, (train_loss, val_loss, val_loss / math.log(2)))
+                tqdm.write(row(title, adds, parameters, *losses, f"{seconds:.1f}"))
+                grown.append((title, curve, train_loss))
+        finally:
+            stopped.set()  # after Ctrl-C the other models need not be finished
 
-    draw(args.out / "growth.png", grown, counted[1], args.input.name)
-    training = {"step": args.steps, "train_loss": train_loss, "val_loss": val_loss}
-    training |= {"seed": args.seed, "device": "cpu", "torch": str(torch.__version__)}
+    training = {"step": steps, "train_loss": train_loss, "val_loss": val_loss, "seed": seed}
+    training |= {"device": "cpu", "torch": str(torch.__version__)}
     save(args.out / "one-block.pt", model, vocab, training)
-    print(f"wrote {args.out / 'growth.png'} and {args.out / 'one-block.pt'}", file=sys.stderr)
-    generator = torch.Generator().manual_seed(args.seed)
+    draw(args.out / "growth.png", grown, counted[1], args.input.name)
+    print(f"wrote {args.out / 'one-block.pt'} and {args.out / 'growth.png'}", file=sys.stderr)
+    generator = torch.Generator().manual_seed(seed)
     ids = generate(model, torch.zeros(1, 1, dtype=torch.long), 500, generator=generator)
     print("\n500 characters from the last model:\n\n" + "".join(vocab[i] for i in ids))
 
 
 def draw(path, grown, counted, name):
-    """Save the picture: validation losses during training, and the losses on both splits at the end."""
+    """Save the picture: validation losses during training, and both losses at the end."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     during, last = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     colours = colormaps["viridis"](np.linspace(0.8, 0.0, len(grown)))
-    for (title, curve, train_loss, val_loss), colour in zip(grown, colours):
+    for (title, curve, train_loss), colour in zip(grown, colours):
         during.plot(*zip(*curve), "o-", color=colour, label=title)
         last.plot(title, train_loss, "o", color=colour, fillstyle="none")
-        last.plot(title, val_loss, "o", color=colour)
-        last.annotate(f"{val_loss:.3f}", (title, val_loss), (0, 7), textcoords="offset points", ha="center")
+        last.plot(title, curve[-1][1], "o", color=colour)
+        where = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+        last.annotate(f"{curve[-1][1]:.3f}", (title, curve[-1][1]), **where)
     for axes in (during, last):
         axes.axhline(counted, linestyle="--", color="grey", linewidth=1, zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
@@ -510,11 +513,8 @@ def draw(path, grown, counted, name):
         figure.savefig(file, format="png", dpi=150)
 
 
-# ------------------------------------------------------------------------------- sample, evaluate
-
-
 def sample(args):
-    """Continue the prompt on stdout: one text as it is drawn, several as one batch, then in turn."""
+    """Continue the prompt on stdout: one text as it is drawn, or several, drawn as one batch."""
     model, vocab, _ = load(args.weights)
     prompt = decode(sys.stdin.buffer.read(), "the prompt") if args.prompt == "-" else args.prompt
     idx = encode(prompt or vocab[0], vocab).repeat(args.samples, 1)  # (B, T)
@@ -542,21 +542,18 @@ def sample(args):
 
 
 def evaluate(args):
-    """Print the exact losses of a checkpoint on both splits of a text, beside those that it claims."""
+    """Print a checkpoint's exact losses on both splits of a text, beside those that it claims."""
     from tqdm import tqdm
 
     model, vocab, training = load(args.weights)
-    splits = split(encode(read_text(args.input), vocab), model.config.block_size)
+    block_size = model.config.block_size
+    splits = [encode(part, vocab) for part in split(read_text(args.input), block_size)]
     print(f"{'loss on ' + args.input.name:24} {'measured':>10} {'in the file':>12}")
     for title, key, data in zip(("train", "validation"), ("train_loss", "val_loss"), splits):
-        claim = training.get(key)
         bar = partial(tqdm, desc=title, leave=False)
-        loss = exact_loss(model, data, model.config.block_size, bar)
+        loss, claim = exact_loss(model, data, block_size, bar), training.get(key)
         claim = f"{claim:.4f}" if isinstance(claim, float) else "nothing"
         print(f"{title:24} {loss:10.4f} {claim:>12}", flush=True)
-
-
-# ------------------------------------------------------------------------------- command line
 
 
 class Parser(argparse.ArgumentParser):
@@ -566,12 +563,12 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low, high=2**63 - 1):
     """An argparse type: an int or a float from `low` to `high`."""
-    name = {int: "a whole number", float: "a number"}[kind]
 
     def parse(text):
         with suppress(ValueError):
             if low <= (value := kind(text)) <= high:
                 return value
+        name = {int: "a whole number", float: "a number"}[kind]
         raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high:,}")
 
     return parse
@@ -629,6 +626,8 @@ def main(argv):
     except KeyboardInterrupt:
         return 130
     except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            error = f"cannot use {error.filename or 'a file'}: {error.strerror}; name another"
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0

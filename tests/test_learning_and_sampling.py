@@ -16,8 +16,8 @@ from torch.nn import functional as F
 def tiny(gpt):
     """A random model of two blocks, two heads and a window of 16."""
     torch.manual_seed(0)
-    model = gpt.GPT(gpt.Config(20, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2))
-    gpt.initialize(model)
+    model = gpt.gpt(gpt.Config(20, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2))
+    gpt.initialize(model, 0)
     return model
 
 
@@ -36,11 +36,13 @@ def test_trained_bigram_comes_near_its_closed_form(gpt):
     for first, second in zip(data[:-1], data[1:]):
         counts[first, second] += 1
     chances = counts / counts.sum(axis=1, keepdims=True)
-    expected = [-np.mean([math.log(chances[a, b]) for a, b in zip(s[:-1], s[1:])]) for s in (data, val)]
+    expected = [
+        -np.mean([math.log(chances[a, b]) for a, b in zip(s[:-1], s[1:])]) for s in (data, val)
+    ]
     assert gpt.counted_bigram(data, val, 6) == pytest.approx(expected)
     torch.manual_seed(1)
     model = gpt.RUNGS[0][2](gpt.Config(6))
-    gpt.initialize(model)
+    gpt.initialize(model, 0)
     (*_, (step, loss)) = gpt.train(model, data, val, 8, steps=600, seed=1)
     assert step == 600 and loss == pytest.approx(expected[1], abs=0.02)
 
@@ -48,8 +50,8 @@ def test_trained_bigram_comes_near_its_closed_form(gpt):
 def test_a_small_model_overfits_a_tiny_text(gpt):
     torch.manual_seed(0)
     data = torch.randperm(40)[:33]
-    model = gpt.GPT(gpt.Config(40))
-    gpt.initialize(model)
+    model = gpt.gpt(gpt.Config(40))
+    gpt.initialize(model, 0)
     gpt.train(model, data, data, 8, steps=200, seed=0)
     assert gpt.exact_loss(model, data, 8) < 0.05
 
@@ -81,7 +83,9 @@ def uncached(gpt, model, idx, tokens, **options):
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("length", [1, 9, 16, 40])
-def test_cached_sampling_equals_uncached_within_and_beyond_the_window(gpt, tiny, temperature, length):
+def test_cached_sampling_equals_uncached_within_and_beyond_the_window(
+    gpt, tiny, temperature, length
+):
     idx = torch.randint(20, (3, length), generator=torch.Generator().manual_seed(1))
     options = {"temperature": temperature, "top_k": 5}
     tiny.train()

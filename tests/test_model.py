@@ -13,7 +13,7 @@ from torch.nn import functional as F
     [({}, 60_515), ({"block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384}, 10_788_929)],
 )
 def test_parameter_counts(gpt, sizes, count):
-    model = gpt.GPT(gpt.Config(65, **sizes))
+    model = gpt.gpt(gpt.Config(65, **sizes))
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
@@ -58,7 +58,7 @@ def test_block_equals_the_encoder_layer_of_pytorch(gpt, n_head):
 def test_loss_at_initialization_is_near_even_odds(gpt, rung):
     torch.manual_seed(0)
     model = gpt.RUNGS[rung][2](gpt.Config(65))
-    gpt.initialize(model)
+    gpt.initialize(model, 0)
     idx, targets = torch.randint(65, (2, 64, 8))
     loss = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
     assert abs(loss.item() - math.log(65)) < 0.3
@@ -66,8 +66,8 @@ def test_loss_at_initialization_is_near_even_odds(gpt, rung):
 
 def test_cached_greedy_generation_equals_recomputing_within_the_window(gpt):
     torch.manual_seed(0)
-    model = gpt.GPT(gpt.Config(65, block_size=32, n_layer=2, n_head=2, n_embd=32))
-    gpt.initialize(model)
+    model = gpt.gpt(gpt.Config(65, block_size=32, n_layer=2, n_head=2, n_embd=32))
+    gpt.initialize(model, 0)
     prompt = torch.randint(65, (3, 4))
     cached = torch.stack(list(gpt.generate(model, prompt, 28, temperature=0)), dim=1)
     idx = prompt
