@@ -6,10 +6,14 @@ import pytest
 SCRIPT = Path(__file__).resolve().parent.parent / "bigram-to-gpt.py"
 
 
-@pytest.fixture(scope="session")
-def gpt():
+def load_script():
     """The script as a module; importing it runs nothing."""
     spec = importlib.util.spec_from_file_location("bigram_to_gpt", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def gpt():
+    return load_script()
