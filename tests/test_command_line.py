@@ -2,6 +2,7 @@
 
 import io
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,40 @@ def test_a_closed_pipe_ends_quietly(grown):
     assert process.stderr.read() == b""
 
 
+def interrupted(command, marker):
+    """What a command prints in all when Ctrl-C comes after it has printed `marker`."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(SCRIPT), *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    seen = b""
+    while marker not in seen:
+        seen += (byte := process.stdout.read(1))
+        assert byte, process.stderr.read().decode()
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and b"Traceback" not in errors
+    return (seen + rest).decode()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to send")
+def test_ctrl_c_keeps_the_rows_that_are_finished(grown, tmp_path):
+    folder, _ = grown
+    options = "--input", folder / "text.txt", "--steps", 3000, "--out", tmp_path
+    output = interrupted(options, b"2 position")
+    rows = [line.split()[1] for line in output.splitlines()[3:]]
+    assert rows == ["counting", "bigram", "position"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to send")
+def test_ctrl_c_keeps_the_text_that_is_drawn(grown):
+    folder, _ = grown
+    options = "--weights", folder / "one-block.pt", "--tokens", 10**6, "--prompt", "far"
+    assert interrupted(["sample", *options], b"far").startswith("far")
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -128,6 +163,10 @@ def test_bad_texts(tmp_path, content, message):
         path.write_bytes(content)
     assert message in refused(run("--input", path, "--out", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_no_text(tmp_path):
+    assert "name another" in refused(run("--input", tmp_path, "--out", tmp_path / "out"))
 
 
 def test_an_output_folder_that_cannot_be_made_is_found_before_training(grown):

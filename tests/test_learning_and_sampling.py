@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import SCRIPT
 from torch.nn import functional as F
+from window_cost import window_losses
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,25 @@ def test_cached_sampling_equals_uncached_within_and_beyond_the_window(
     assert tiny.training and not cached.requires_grad
     generator = torch.Generator().manual_seed(2)
     assert torch.equal(cached, uncached(gpt, tiny, idx, 50, **options, generator=generator))
+
+
+def test_window_cost_is_that_of_sampling_beyond_the_window(gpt, tiny, monkeypatch):
+    """Make `generate` draw a given text, and score it by the logits that it drew from."""
+    data, chosen = torch.randint(20, (130,)), []
+
+    def choose(logits, *_):
+        target = data[18 + len(chosen)].view(1, 1)
+        chosen.append(F.cross_entropy(logits, target[0]).item())
+        return target
+
+    monkeypatch.setattr(gpt, "choose", choose)
+    # Eight ids, half a window, are what a refilled cache begins with; it lasts for nine draws.
+    list(gpt.generate(tiny, data[10:18][None], 9 * 12, temperature=1.0))
+    tiny.eval()
+    full, refilled = window_losses(tiny, data[1:])
+    tiny.train()
+    assert refilled == pytest.approx(np.mean(chosen), abs=1e-5)
+    assert full != pytest.approx(refilled, abs=1e-4)
 
 
 def test_top_k_and_temperature_draw_what_they_should(gpt):
