@@ -26,7 +26,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from http.client import HTTPException
 from itertools import takewhile
+from operator import itemgetter
 from pathlib import Path
+from pickle import UnpicklingError
 from threading import Event
 from urllib.request import urlopen
 
@@ -39,13 +41,12 @@ from torch.nn import functional as F
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS, TEXT = HERE / "gpt_shakespeare.pt", HERE / "input.txt"
-CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master"
-TEXT_URL = f"{CHAR_RNN}/data/tinyshakespeare/input.txt"
-TEXT_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 class UserError(Exception):
-    """Something that the user can mend; main() tells it in one line and exits with status 2."""
+    """An error that the user can mend: main() prints it as one line and returns status 2."""
 
 
 def require(condition, message):
@@ -55,7 +56,10 @@ def require(condition, message):
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes that fix the shapes of a model. The defaults make the CPU model."""
+    """The sizes that fix the shapes of a model; UserError if they make no sense.
+
+    The defaults make the CPU model.
+    """
 
     vocab_size: int
     block_size: int = 8  # the context window, in characters
@@ -84,13 +88,14 @@ def replacing(path):
             yield file
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         beside.unlink(missing_ok=True)
 
 
-def fetch_text(path, url=TEXT_URL, sha256=TEXT_SHA256):
-    """Download Tiny Shakespeare to `path`, whole and with the right digest or not at all."""
-    print(f"fetching {url}", file=sys.stderr)
+def fetch_text(path, url=URL, sha256=SHA256):
+    """Download Tiny Shakespeare to `path`, whole and with the right digest, or raise UserError."""
     remedy = f"try again, or save it yourself as {path}; its SHA-256 is {sha256}"
     try:
         with urlopen(url, timeout=30) as response:
@@ -101,6 +106,7 @@ def fetch_text(path, url=TEXT_URL, sha256=TEXT_SHA256):
     require(right, f"{url} sent {len(content):,} bytes of another digest: {remedy}")
     with replacing(path) as file:
         file.write(content)
+    print(f"fetched {url} to {path}", file=sys.stderr)
 
 
 def read_text(path):
@@ -108,13 +114,13 @@ def read_text(path):
     if path == TEXT and not path.exists():
         fetch_text(path)
     content = path.read_bytes()
-    if path == TEXT and hashlib.sha256(content).hexdigest() != TEXT_SHA256:
+    if path == TEXT and hashlib.sha256(content).hexdigest() != SHA256:
         print(f"{path} is not Tiny Shakespeare; it is used as it is", file=sys.stderr)
-    return decode(content, path)
+    return from_utf8(content, path)
 
 
-def decode(content, name):
-    """UTF-8 as text, without byte-order mark, with "\\n" for "\\r\\n"."""
+def from_utf8(content, name):
+    """Bytes as text, without byte-order mark, with "\\n" for "\\r\\n"; UserError if not UTF-8."""
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -122,42 +128,44 @@ def decode(content, name):
 
 
 def encode(text, vocab):
-    """The ids of N characters, (N,): their places in `vocab`."""
-    strange = "".join(sorted(set(text) - set(vocab)))
-    require(not strange, f"the model never saw {strange[:99]!r}: it knows only {vocab[:999]!r}")
+    """The ids of N characters, (N,): their places in `vocab`; UserError if one has none."""
+    unknown = "".join(sorted(set(text) - set(vocab)))
+    require(not unknown, f"the model never saw {unknown[:99]!r}: it knows only {vocab[:999]!r}")
     id_of = {character: i for i, character in enumerate(vocab)}
     return torch.from_numpy(np.fromiter(map(id_of.get, text), np.int64, len(text)))
+
+
+def decode(ids, vocab):
+    """The text that N ids stand for, (N,)."""
+    return "".join(vocab[i] for i in ids)
 
 
 def split(text, block_size):
     """The first 90 % of a text to train on, the rest to validate on; a window must fit in each."""
     least = 10 * block_size + 1
-    require(
-        len(text) >= least,
-        f"a text of {len(text):,} characters is too short: give at least {least:,}",
-    )
+    require(len(text) >= least, f"{len(text):,} characters are too few: give {least:,} or more")
     boundary = len(text) * 9 // 10
     return text[:boundary], text[boundary:]
 
 
-def counted_bigram(train, val, vocab_size):
-    """Both losses of a bigram that needs no training: pairs counted in `train`, plus one each."""
-    train, val = train.numpy(), val.numpy()
-    pairs = np.ones((vocab_size, vocab_size))
-    np.add.at(pairs, (train[:-1], train[1:]), 1)
+def counted_bigram(train_data, val_data, vocab_size):
+    """Both losses, in nats, of a bigram without training: pairs counted in the train ids, plus 1."""
+    pairs = np.ones((vocab_size, vocab_size))  # (V, V)
+    np.add.at(pairs, (train_data[:-1].numpy(), train_data[1:].numpy()), 1)
     log_probability = np.log(pairs / pairs.sum(axis=1, keepdims=True))  # (V, V)
-    return [-log_probability[ids[:-1], ids[1:]].mean() for ids in (train, val)]
+    return [-log_probability[ids[:-1], ids[1:]].mean() for ids in (train_data, val_data)]
 
 
 # ------------------------------------------------------------------------------ parts of the model
 
 
-class KeyValues:
-    """What one attention layer keeps of the characters so far, block_size of them at most."""
+class KVCache:
+    """The keys and values of one attention layer for the characters so far, at most block_size."""
 
     def __init__(self, batch_size, config):
         shape = batch_size, config.n_head, config.block_size, config.n_embd // config.n_head
-        self.keys, self.values, self.length = torch.empty(shape), torch.empty(shape), 0
+        self.keys, self.values = torch.empty(shape), torch.empty(shape)
+        self.length = 0
 
     def extend(self, keys, values):
         """Append T keys and values, (B, n_head, T, head_size), and return all S."""
@@ -176,18 +184,18 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, past=None):
+    def forward(self, x, cache=None):  # (B, T, C)
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_size) each
-        if past is not None:
-            k, v = past.extend(k, v)  # (B, n_head, S, head_size)
+        if cache is not None:
+            k, v = cache.extend(k, v)  # (B, n_head, S, head_size) each
         S = k.shape[2]
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, n_head, T, S)
-        visible = torch.ones(T, S, dtype=torch.bool).tril(S - T)  # nobody looks ahead
-        weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
-        gathered = self.dropout(weights) @ v  # (B, n_head, T, head_size)
-        return self.dropout(self.proj(gathered.transpose(1, 2).reshape(B, T, C)))  # (B, T, C)
+        mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)  # (T, S), nothing later
+        weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)  # (B, n_head, T, S)
+        out = self.dropout(weights) @ v  # (B, n_head, T, head_size)
+        return self.dropout(self.proj(out.transpose(1, 2).reshape(B, T, C)))  # (B, T, C)
 
 
 class FeedForward(nn.Module):
@@ -211,12 +219,12 @@ class Block(nn.Module):
         self.ln1, self.attention = nn.LayerNorm(config.n_embd), CausalSelfAttention(config)
         self.ln2, self.feed_forward = nn.LayerNorm(config.n_embd), FeedForward(config)
 
-    def forward(self, x, past=None):  # (B, T, C)
-        x = x + self.attention(self.ln1(x), past)
+    def forward(self, x, cache=None):  # (B, T, C)
+        x = x + self.attention(self.ln1(x), cache)
         return x + self.feed_forward(self.ln2(x))
 
 
-class LanguageModel(nn.Module):
+class Model(nn.Module):
     """Token and position embeddings, parts that build on them in turn, a linear head to logits."""
 
     def __init__(self, config, parts=(), final_norm=nn.Identity):
@@ -228,12 +236,12 @@ class LanguageModel(nn.Module):
         self.ln_f = final_norm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
 
-    def forward(self, idx, pasts=None):  # (B, T)
-        start = pasts[0].length if pasts else 0
+    def forward(self, idx, caches=None):  # (B, T)
+        start = caches[0].length if caches else 0
         positions = self.position_embedding.weight[start : start + idx.shape[1]]  # (T, C)
         x = self.token_embedding(idx) + positions  # (B, T, C)
         for i, block in enumerate(self.blocks):
-            x = block(x, pasts[i]) if pasts else block(x)
+            x = block(x, caches[i]) if caches else block(x)  # (B, T, C)
         return self.lm_head(self.ln_f(x))  # (B, T, V)
 
 
@@ -242,24 +250,20 @@ class LanguageModel(nn.Module):
 
 def gpt(config):
     """The whole of it: n_layer blocks, and a LayerNorm before the head."""
-    return LanguageModel(config, [Block] * config.n_layer, nn.LayerNorm)
+    return Model(config, [Block] * config.n_layer, nn.LayerNorm)
 
 
 RUNGS = (  # name, the idea that it adds, its model
     ("bigram", "logits looked up in a table", lambda c: nn.Embedding(c.vocab_size, c.vocab_size)),
-    ("position", "embeddings of token and position", LanguageModel),
-    ("attention", "positions talk", lambda c: LanguageModel(c, [CausalSelfAttention])),
-    (
-        "feed-forward",
-        "positions think",
-        lambda c: LanguageModel(c, [CausalSelfAttention, FeedForward]),
-    ),
+    ("position", "embeddings of token and position", Model),
+    ("attention", "positions talk", lambda c: Model(c, [CausalSelfAttention])),
+    ("feed-forward", "positions think", lambda c: Model(c, [CausalSelfAttention, FeedForward])),
     ("block", "residual connections, LayerNorm", gpt),
 )
 
 
 def initialize(model, seed):
-    """Start from orthogonal matrices (Saxe et al., 2014), long embeddings and nearly even odds."""
+    """Start from orthogonal matrices (Saxe et al., 2014), large embeddings and a small head."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
@@ -284,7 +288,7 @@ def evaluating(model):
 
 @torch.inference_mode()
 def exact_loss(model, data, block_size, track=iter):
-    """The loss over every character of `data` that has one before it: no luck, always the same."""
+    """The mean loss, in nats, over every character of `data`, (N,), that has one before it."""
     x, y = data[:-1], data[1:]
     whole = len(x) - len(x) % block_size  # the last, shorter window comes by itself
     rows = max(1, 2048 // block_size)  # what is computed at once fits in a cache
@@ -298,37 +302,42 @@ def exact_loss(model, data, block_size, track=iter):
 
 
 def batches(data, block_size, batch_size, steps, seed):
-    """Yield inputs and targets, (B, T) each. No window of `data` returns before all have come."""
-    windows = data.unfold(0, block_size + 1, block_size)  # (N, T + 1), the last is the next's first
-    shuffle = partial(torch.randperm, generator=torch.Generator().manual_seed(seed))
+    """Yield inputs and targets, (B, T) each: `data` cut into windows, which come in random order.
+
+    No window comes again before all have come.
+    """
+    windows = data.unfold(0, block_size + 1, block_size)  # (N, T + 1), overlapping by a character
+    generator = torch.Generator().manual_seed(seed)
     epochs = math.ceil(steps * batch_size / len(windows))
-    order = torch.cat([shuffle(len(windows)) for _ in range(epochs)])
+    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
     for rows in order[: steps * batch_size].split(batch_size):
         batch = windows[rows]  # (B, T + 1)
         yield batch[:, :-1], batch[:, 1:]
 
 
-def train(model, data, val, block_size, steps, seed, track=iter, batch_size=32, peak_rate=8e-3):
-    """Train `model` on `data` with quasi-hyperbolic Adam (Ma and Yarats, 2018).
+def train(model, data, val_data, block_size, steps, seed, track=iter, batch_size=32, max_lr=8e-3):
+    """Train `model` on the ids `data` and leave it with its best weights.
 
-    Return the exact losses on `val` at five moments, [(step, loss), ...], the last at the end.
+    Return the exact losses on `val_data` at five moments, [(step, loss), ...], in nats; the weights
+    are those of the lowest. The optimizer is a quasi-hyperbolic Adam (Ma and Yarats, 2018) with
+    decoupled weight decay: it goes by a mix of the newest gradient and the mean of the last ones.
     """
-    # One vector holds all parameters, another all gradients: an update takes a few operations, not
-    # a few for each matrix.
+    # One vector holds all P parameters, another all gradients: an update takes a few operations,
+    # not a few for each matrix.
     parameters = list(model.parameters())
-    flat = nn.utils.parameters_to_vector(parameters).detach()
+    flat = nn.utils.parameters_to_vector(parameters).detach()  # (P,)
     nn.utils.vector_to_parameters(flat, parameters)
-    grad = torch.zeros_like(flat)
+    grad = torch.zeros_like(flat)  # (P,)
     for parameter, part in zip(parameters, grad.split([p.numel() for p in parameters])):
         parameter.grad = part.view_as(parameter)
-    mean, square = torch.zeros_like(flat), torch.zeros_like(flat)  # over the last 100 steps or so
     # The head learns best at three times the rate of the rest.
     paces = (torch.full_like(p, 3 if "head" in name else 1) for name, p in model.named_parameters())
-    pace = nn.utils.parameters_to_vector(paces).detach()
+    pace = nn.utils.parameters_to_vector(paces).detach()  # (P,)
 
-    moments = {math.ceil(steps * part) for part in (1 / 30, 1 / 10, 1 / 3, 2 / 3, 1)}
-    curve = []
-    for step, (x, y) in enumerate(track(batches(data, block_size, batch_size, steps, seed))):
+    mean, square = torch.zeros_like(flat), torch.zeros_like(flat)  # over the last 100 steps or so
+    eval_steps = {math.ceil(steps * part) for part in (1 / 30, 1 / 10, 1 / 3, 2 / 3, 1)}
+    curve, best_loss, best = [], math.inf, flat.clone()
+    for step, (x, y) in enumerate(track(batches(data, block_size, batch_size, steps, seed)), 1):
         logits = model(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
         grad.zero_()
@@ -336,11 +345,14 @@ def train(model, data, val, block_size, steps, seed, track=iter, batch_size=32, 
         mean.lerp_(grad, 0.01)
         square.lerp_(grad**2, 0.01)
         direction = grad.lerp(mean, 0.6)  # the newest gradient has a say of 0.4
-        size = (square / (1 - 0.99 ** (step + 1))).sqrt() + 1e-8
-        rate = peak_rate * (1 - step / steps)
-        flat.mul_(1 - 0.03 * rate).addcdiv_(pace * direction, size, value=-rate)
-        if step + 1 in moments:
-            curve.append((step + 1, exact_loss(model, val, block_size)))
+        size = (square / (1 - 0.99**step)).sqrt() + 1e-8
+        lr = max_lr * (1 - (step - 1) / steps)
+        flat.mul_(1 - 0.03 * lr).addcdiv_(pace * direction, size, value=-lr)
+        if step in eval_steps:
+            curve.append((step, exact_loss(model, val_data, block_size)))
+            if curve[-1][1] < best_loss:
+                best_loss, best = curve[-1][1], flat.clone()
+    flat.copy_(best)
     return curve
 
 
@@ -349,6 +361,7 @@ def train(model, data, val, block_size, steps, seed, track=iter, batch_size=32, 
 
 def save(path, model, vocab, training):
     """Write a checkpoint of plain types and tensors, whole or not at all."""
+    # After training all parameters lie in one vector: without clone() each would bring all of it.
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     parts = {"config": asdict(model.config), "vocab": vocab, "model": weights, "training": training}
     with replacing(path) as file:
@@ -361,7 +374,7 @@ def load(path):
     A UserError tells that a file is missing, damaged, or at odds with itself. No code in it runs.
     """
     made = "`python bigram-to-gpt.py` makes one-block.pt, for --weights one-block.pt"
-    require(path.is_file(), f"there are no weights {path}: {made}")
+    require(path.is_file(), f"there is no file of weights {path}: {made}")
     try:
         require(zipfile.is_zipfile(path), "torch.save did not write it, or it is cut off")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -369,16 +382,20 @@ def load(path):
     except OSError:
         raise
     except Exception as error:  # a damaged file makes torch.load raise almost anything
-        reason = error if isinstance(error, UserError) else type(error).__name__
-        raise UserError(f"{path} is not a checkpoint to trust ({reason}): {made}") from None
+        reason = error if isinstance(error, UserError) else f"{type(error).__name__} while reading"
+        if isinstance(error, UnpicklingError):
+            reason = "it holds more than tensors and plain types, or is damaged"
+        raise UserError(f"{path} is not a valid checkpoint: {reason}; {made}") from None
 
 
 def rebuild(checkpoint, file_size):
     """The model in a checkpoint, which is checked first, before any of its tensors is touched."""
-    kinds = {"config": dict, "vocab": str, "model": dict, "training": dict}
-    for name, kind in kinds.items():
-        require(isinstance(checkpoint[name], kind), f"{name} is of another type")
-    config, vocab = Config(**checkpoint["config"]), checkpoint["vocab"]
+    require(isinstance(checkpoint, dict), "it is not a dict")
+    for name, kind in {"config": dict, "vocab": str, "model": dict, "training": dict}.items():
+        require(isinstance(checkpoint.get(name), kind), f"it has no {name}, a {kind.__name__}")
+    sizes, vocab = checkpoint["config"], checkpoint["vocab"]
+    require(sizes.keys() == Config.__annotations__.keys(), "its config has other keys")
+    config = Config(**sizes)
     in_order = list(vocab) == sorted(set(vocab)) and len(vocab) == config.vocab_size
     require(in_order, "its vocabulary is not vocab_size characters in order")
     with torch.device("meta"):  # shapes alone, no memory
@@ -403,23 +420,23 @@ def rebuild(checkpoint, file_size):
 
 
 @torch.inference_mode()
-def generate(model, idx, tokens, temperature=1.0, top_k=None, generator=None):
-    """Continue `idx`, (B, T): yield the next ids, (B,), `tokens` times.
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+    """Continue `idx`, (B, T): yield the next ids, (B,), `max_new_tokens` times.
 
-    Each layer keeps its keys and values, so that a step computes the newest position alone. Learned
-    positions hold them in their places; hence, when the window is full, its last half is read anew
-    from the first position on. Until then the result is that of reading everything at each step.
+    Each layer caches its keys and values, so that a step computes the newest position alone.
+    Learned positions hold them in their places; hence, when the window is full, its last half is
+    fed in again from position 0 on. Until then the result is that of recomputing the whole prefix.
     """
     block_size = model.config.block_size
-    recent, pasts = idx[:, -block_size:], None
+    window, caches = idx[:, -block_size:], None  # (B, T), one cache a block
     with evaluating(model):
-        for _ in range(tokens):
-            if pasts is None or pasts[0].length == block_size:
-                unread = recent if pasts is None else recent[:, -max(1, block_size // 2) :]
-                pasts = [KeyValues(len(idx), model.config) for _ in model.blocks]
-            logits = model(unread, pasts)[:, -1]  # (B, V)
+        for _ in range(max_new_tokens):
+            if caches is None or caches[0].length == block_size:
+                unread = window if caches is None else window[:, -max(1, block_size // 2) :]
+                caches = [KVCache(len(idx), model.config) for _ in model.blocks]
+            logits = model(unread, caches)[:, -1]  # (B, V)
             unread = choose(logits, temperature, top_k, generator)  # (B, 1)
-            recent = torch.cat((recent, unread), dim=1)[:, -block_size:]
+            window = torch.cat((window, unread), dim=1)[:, -block_size:]  # (B, T)
             yield unread[:, 0]
 
 
@@ -443,29 +460,37 @@ def grow(args):
 
     text, steps, seed, block_size = read_text(args.input), args.steps, args.seed, Config.block_size
     vocab = "".join(sorted(set(text)))
-    data, val = (encode(part, vocab) for part in split(text, block_size))
+    data, val_data = (encode(part, vocab) for part in split(text, block_size))
+    # What would keep us from saving had better be found out now than after training.
     args.out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=args.out).close()  # better to find out now than after training
+    tempfile.TemporaryFile(dir=args.out).close()
+    weights_path, picture_path = args.out / "one-block.pt", args.out / "growth.png"
+    for path in (weights_path, picture_path):
+        require(not path.is_dir(), f"{path} is a directory: move it away, or name another --out")
+
     config = Config(vocab_size=len(vocab))
-    counted = counted_bigram(data, val, len(vocab))
+    counted = counted_bigram(data, val_data, len(vocab))
     titles = [f"{number} {name}" for number, (name, _, _) in enumerate(RUNGS, start=1)]
     models = [initialize(build(config), seed) for _, _, build in RUNGS]
-    stopped = Event()
-    unless_stopped = partial(takewhile, lambda _: not stopped.is_set())
+    stopped = Event()  # set by Ctrl-C
+    until_stopped = partial(takewhile, lambda _: not stopped.is_set())
 
     def grow_rung(title, model):
+        def track(items):
+            bar = tqdm(items, desc=title, total=steps, leave=False, mininterval=0.5)
+            return until_stopped(bar)
+
         start = time.perf_counter()
-        bar = partial(tqdm, desc=title, total=steps, leave=False, mininterval=0.5)
-        curve = train(model, data, val, block_size, steps, seed, lambda b: unless_stopped(bar(b)))
-        train_loss = exact_loss(model, data, block_size, unless_stopped)
+        curve = train(model, data, val_data, block_size, steps, seed, track)
+        train_loss = exact_loss(model, data, block_size, until_stopped)
         return curve, train_loss, time.perf_counter() - start
 
     print(f"{args.input.name}: {len(text):,} characters, {len(vocab)} of them distinct;", end=" ")
-    print(f"{len(data):,} to train on, {len(val):,} to validate on\n")
+    print(f"{len(data):,} to train on, {len(val_data):,} to validate on\n")
     row = "{:15} {:33} {:>10} {:>8} {:>11} {:>10} {:>8}".format
     print(row("rung", "adds", "parameters", "train", "validation", "bits/char", "seconds"))
     losses = map("{:.4f}".format, counted)
-    print(row("0 counting", "pairs counted, no training", "", *losses, "", ""), flush=True)
+    print(row("0 counting", "pairs counted, no training", "", *losses, "", ""))
     grown = []
     # Two models at a time, on one core each, finish sooner than one after the other on both cores.
     torch.set_num_threads(1)
@@ -474,47 +499,47 @@ def grow(args):
             results = pool.map(grow_rung, titles, models)
             for title, (_, adds, _), model, result in zip(titles, RUNGS, models, results):
                 curve, train_loss, seconds = result
-                val_loss = curve[-1][1]
+                step, val_loss = min(curve, key=itemgetter(1))
                 parameters = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
                 losses = map("{:.4f}".format, (train_loss, val_loss, val_loss / math.log(2)))
                 tqdm.write(row(title, adds, parameters, *losses, f"{seconds:.1f}"))
-                grown.append((title, curve, train_loss))
+                grown.append((title, curve, train_loss, val_loss))
         finally:
             stopped.set()  # after Ctrl-C the other models need not be finished
 
-    training = {"step": steps, "train_loss": train_loss, "val_loss": val_loss, "seed": seed}
+    training = {"step": step, "train_loss": train_loss, "val_loss": val_loss, "seed": seed}
     training |= {"device": "cpu", "torch": str(torch.__version__)}
-    save(args.out / "one-block.pt", model, vocab, training)
-    draw(args.out / "growth.png", grown, counted[1], args.input.name)
-    print(f"wrote {args.out / 'one-block.pt'} and {args.out / 'growth.png'}", file=sys.stderr)
+    save(weights_path, model, vocab, training)
+    draw(picture_path, grown, counted[1], args.input.name)
+    print(f"wrote {weights_path} and {picture_path}", file=sys.stderr)
     generator = torch.Generator().manual_seed(seed)
     ids = generate(model, torch.zeros(1, 1, dtype=torch.long), 500, generator=generator)
-    print("\n500 characters from the last model:\n\n" + "".join(vocab[i] for i in ids))
+    print("\n500 characters from the last model:\n\n" + decode(ids, vocab))
 
 
 def draw(path, grown, counted, name):
-    """Save the picture: validation losses during training, and both losses at the end."""
+    """Save the picture: validation losses during training, and both losses of the weights kept."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")
-    during, last = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    during, kept = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     colours = colormaps["viridis"](np.linspace(0.8, 0.0, len(grown)))
-    for (title, curve, train_loss), colour in zip(grown, colours):
+    above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+    for (title, curve, train_loss, val_loss), colour in zip(grown, colours):
         during.plot(*zip(*curve), "o-", color=colour, label=title)
-        last.plot(title, train_loss, "o", color=colour, fillstyle="none")
-        last.plot(title, curve[-1][1], "o", color=colour)
-        where = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
-        last.annotate(f"{curve[-1][1]:.3f}", (title, curve[-1][1]), **where)
-    for axes in (during, last):
-        axes.axhline(counted, linestyle="--", color="grey", linewidth=1, zorder=0)
+        kept.plot(title, train_loss, "o", color=colour, fillstyle="none")
+        kept.plot(title, val_loss, "o", color=colour)
+        kept.annotate(f"{val_loss:.3f}", (title, val_loss), **above)
+    for axes in (during, kept):
+        label = f"bigrams counted, {counted:.3f}"
+        axes.axhline(counted, linestyle="--", color="grey", linewidth=1, zorder=0, label=label)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
-    during.plot([], [], "--", color="grey", linewidth=1, label=f"bigrams counted, {counted:.3f}")
     during.legend(frameon=False)
     during.set(title=f"Growing on {name}", xlabel="iteration", ylabel="loss (nats per character)")
-    last.set(title="At the end: validation filled, train hollow", xmargin=0.15)
-    last.tick_params(axis="x", rotation=20)
+    kept.set(title="At the end: validation filled, train hollow", xmargin=0.15)
+    kept.tick_params(axis="x", rotation=20)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=150)
 
@@ -522,7 +547,7 @@ def draw(path, grown, counted, name):
 def sample(args):
     """Continue the prompt on stdout: one text as it is drawn, or several, drawn as one batch."""
     model, vocab, _ = load(args.weights)
-    prompt = decode(sys.stdin.buffer.read(), "the prompt") if args.prompt == "-" else args.prompt
+    prompt = from_utf8(sys.stdin.buffer.read(), "the prompt") if args.prompt == "-" else args.prompt
     idx = encode(prompt or vocab[0], vocab).repeat(args.samples, 1)  # (B, T)
     generator = torch.Generator()
     seed = generator.seed() % 2**32 if args.seed is None else args.seed
@@ -540,7 +565,7 @@ def sample(args):
         speed = len(drawn) * args.samples / (time.perf_counter() - start)
         if args.samples > 1 and drawn:
             rows = torch.stack(drawn, dim=1)  # (B, tokens)
-            texts = (prompt + "".join(vocab[i] for i in row) for row in rows)
+            texts = (prompt + decode(row, vocab) for row in rows)
             print(f"\n{'-' * 40}\n".join(texts), end="", flush=True)
     if sys.stdout.isatty():
         print()
@@ -621,7 +646,8 @@ def parse(argv):
 
 def main(argv):
     """Run one action and return the exit status."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
+    # A terminal that lacks a character shows "?"; whoever reads us gets each line when it is done.
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         args = parse(argv)
         args.run(args)
@@ -633,7 +659,8 @@ def main(argv):
         return 130
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
-            error = f"cannot use {error.filename or 'a file'}: {error.strerror}; name another"
+            file, reason = error.filename or "stdout", error.strerror or error
+            error = f"cannot use {file}: {reason}; name another"
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0

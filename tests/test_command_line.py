@@ -1,7 +1,10 @@
 """The command line end to end, as a subprocess: what it prints where, and what bad input gets."""
 
 import io
+import math
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,17 +15,22 @@ import torch
 from conftest import SCRIPT
 
 
-def run(*args, stdin=None, cwd=None):
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.run(command, input=stdin, cwd=cwd, capture_output=True, timeout=100)
+def run(*args, script=SCRIPT, **options):
+    command = [sys.executable, str(script), *map(str, args)]
+    return subprocess.run(command, capture_output=True, timeout=100, **options)
 
 
-def refused(result):
-    """One line on stderr, nothing on stdout, status 2; the line is returned."""
-    line = result.stderr.decode()
-    assert (result.returncode, result.stdout) == (2, b"")
-    assert line.startswith("error: ") and line.count("\n") == 1
-    return line
+def refused(status, stdout, stderr):
+    """Status 2, nothing on stdout, one line on stderr, which is returned."""
+    assert (status, stdout) == (2, "")
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1
+    return stderr
+
+
+@pytest.fixture
+def refusal(gpt, capfd):
+    """A function that runs a command in this process and returns the line that refuses it."""
+    return lambda *args: refused(gpt.main([str(arg) for arg in args]), *capfd.readouterr())
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +47,19 @@ def grown(tmp_path_factory):
 def test_growth_prints_a_table_and_keeps_the_last_model(grown):
     folder, result = grown
     lines = result.stdout.decode().splitlines()
-    rungs = [line.split()[1] for line in lines[3:9]]
+    rows = [line.split() for line in lines[3:9]]
+    rungs = [row[1] for row in rows]
     assert rungs == ["counting", "bigram", "position", "attention", "feed-forward", "block"]
+    vocab = "".join(sorted(set((folder / "text.txt").read_text(encoding="utf-8"))))
+    parameters, train_loss, val_loss, bits = (float(n.replace(",", "")) for n in rows[-1][-5:-1])
+    assert parameters == 60_515 - 65 * 65 - 66 * 65 + len(vocab) * (65 + 66)
+    assert bits == pytest.approx(val_loss / math.log(2), abs=2e-4)
+    training = torch.load(folder / "one-block.pt", weights_only=True)["training"]
+    assert (train_loss, val_loss) == pytest.approx(
+        (training["train_loss"], training["val_loss"]), abs=1e-4
+    )
+    assert training["step"] == 40 and training["seed"] == 5
+    assert len("\n".join(lines).split("last model:\n\n")[1]) >= 499
     assert (folder / "growth.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in folder.iterdir()) == [
         "growth.png",
@@ -65,8 +84,10 @@ def test_the_same_seed_grows_the_same(grown, tmp_path):
 def test_evaluate_confirms_what_the_file_claims(grown):
     folder, _ = grown
     result = run("evaluate", "--weights", folder / "one-block.pt", "--input", folder / "text.txt")
-    for line in result.stdout.decode().splitlines()[1:]:
-        _, measured, claimed = line.split()
+    assert result.returncode == 0
+    rows = [line.split() for line in result.stdout.decode().splitlines()[1:]]
+    assert [row[0] for row in rows] == ["train", "validation"]
+    for _, measured, claimed in rows:
         assert measured == claimed
 
 
@@ -75,11 +96,14 @@ def test_sampling(grown):
     options = "sample", "--weights", folder / "one-block.pt", "--tokens", 30, "--seed", 3
     once, again = (
         run(*options, "--prompt", "far and away"),
-        run(*options, "--prompt", "-", stdin=b"far and away"),
+        run(*options, "--prompt", "-", input=b"far and away"),
     )
     assert once.stdout == again.stdout and once.stdout.startswith(b"far and away")
     assert len(once.stdout) == len("far and away") + 30
     assert b"characters per second" in once.stderr
+    for prompt in ("", "far and away, over the hills"):  # none, and one beyond the window
+        text = run(*options, "--prompt", prompt).stdout.decode()
+        assert text.startswith(prompt) and len(text) == len(prompt) + 30
     both = run(*options, "--samples", 2, "--top-k", 10**6).stdout.decode()
     assert [len(text) for text in both.split("\n" + 40 * "-" + "\n")] == [30, 30]
 
@@ -139,41 +163,66 @@ def test_ctrl_c_keeps_the_text_that_is_drawn(grown):
         (["--top-k", "0"], "not a whole number"),
         (["--temperature", "-1"], "not a number"),
         (["--temperature", "nan"], "not a number"),
-        (["--weights", "none.pt"], "there are no weights"),
+        (["--weights", "none.pt"], "no file of weights none.pt"),
         (["--nonsense"], "unrecognized"),
     ],
 )
-def test_bad_options_of_sample(grown, options, message):
+def test_bad_options_of_sample(grown, refusal, options, message):
     folder, _ = grown
-    assert message in refused(run("sample", "--weights", "one-block.pt", *options, cwd=folder))
+    assert message in refusal("sample", "--weights", folder / "one-block.pt", *options)
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
         (None, "No such file"),
-        (b"", "a text of 0 characters"),
+        (b"", "0 characters are too few"),
         (b"caf\xe9" * 100, "not UTF-8"),
-        (b"a" * 80, "at least 81"),
+        (b"a" * 80, "give 81 or more"),
     ],
 )
-def test_bad_texts(tmp_path, content, message):
+def test_bad_texts(refusal, tmp_path, content, message):
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
-    assert message in refused(run("--input", path, "--out", tmp_path / "out"))
+    assert message in refusal("--input", path, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_is_no_text(tmp_path):
-    assert "name another" in refused(run("--input", tmp_path, "--out", tmp_path / "out"))
+def test_a_folder_is_no_text_and_no_weights(refusal, tmp_path):
+    assert "Is a directory" in refusal("--input", tmp_path, "--out", tmp_path / "out")
+    assert "no file of weights" in refusal("sample", "--weights", tmp_path)
 
 
-def test_an_output_folder_that_cannot_be_made_is_found_before_training(grown):
+def test_a_clone_with_neither_network_nor_text_nor_weights(tmp_path):
+    script = shutil.copy(SCRIPT, tmp_path)
+    closed = os.environ | {"https_proxy": "http://127.0.0.1:9"}
+    result = run(script=script, cwd=tmp_path, env=closed)
+    line = refused(result.returncode, result.stdout.decode(), result.stderr.decode())
+    for part in ("tinyshakespeare/input.txt", str(tmp_path / "input.txt"), "86c4e6aa9db7c042"):
+        assert part in line
+    result = run("sample", script=script, cwd=tmp_path)
+    line = refused(result.returncode, result.stdout.decode(), result.stderr.decode())
+    assert "gpt_shakespeare.pt" in line and "one-block.pt" in line
+    assert [path.name for path in tmp_path.iterdir()] == [SCRIPT.name]
+
+
+def test_evaluate_refuses_a_text_that_does_not_fit(grown, refusal, tmp_path):
+    folder, _ = grown
+    path = tmp_path / "text.txt"
+    for text, message in (("far", "too few"), ("0123456789" * 20, "never saw '0123456789'")):
+        path.write_text(text, encoding="utf-8")
+        options = "--weights", folder / "one-block.pt", "--input", path
+        assert message in refusal("evaluate", *options)
+
+
+def test_an_output_folder_that_cannot_be_made_is_found_before_training(grown, refusal):
     folder, _ = grown
     text = folder / "text.txt"
-    assert "Not a directory" in refused(run("--input", text, "--out", text / "below"))
-    assert "not a whole number" in refused(run("--input", text, "--steps", "0"))
+    assert "Not a directory" in refusal("--input", text, "--out", text / "below")
+    (folder / "out" / "growth.png").mkdir(parents=True)
+    assert "is a directory" in refusal("--input", text, "--out", folder / "out")
+    assert "not a whole number" in refusal("--input", text, "--steps", "0")
 
 
 class Attack:
@@ -182,39 +231,58 @@ class Attack:
 
 
 def damaged(checkpoint):
-    """Names and broken variants of a good checkpoint."""
-    weights = checkpoint["model"]
+    """Broken variants of a good checkpoint, each under what should be said of it."""
+    config, weights = checkpoint["config"], checkpoint["model"]
     head = weights["lm_head.weight"]
-    yield "key", {key: checkpoint[key] for key in ("config", "vocab", "model")}
-    yield "heads", checkpoint | {"config": checkpoint["config"] | {"n_head": 2}}
-    for size in (0, 10**12, True, "8"):
-        yield f"size {size}", checkpoint | {"config": checkpoint["config"] | {"n_layer": size}}
-    yield "shape", checkpoint | {"model": weights | {"lm_head.weight": head[:, 1:]}}
-    yield "tensor", checkpoint | {"model": {k: v for k, v in weights.items() if k != "ln_f.bias"}}
-    yield "nan", checkpoint | {"model": weights | {"lm_head.weight": head * torch.nan}}
-    yield "vocab", checkpoint | {"vocab": checkpoint["vocab"][::-1]}
-    yield "list", [checkpoint]
-    yield "attack", checkpoint | {"training": Attack()}
-    wide = checkpoint["config"] | {"block_size": 1 << 20}
-    positions = torch.zeros(1, 1).expand(1 << 20, 65)
-    yield "expanded", {
-        **checkpoint, "config": wide, "model": weights | {"position_embedding.weight": positions}
-    }  # fmt: skip
+
+    def with_config(**sizes):
+        return checkpoint | {"config": config | sizes}
+
+    def with_weights(**tensors):
+        return checkpoint | {
+            "model": weights | {k.replace("_w", ".w"): v for k, v in tensors.items()}
+        }
+
+    yield "has no training", {key: checkpoint[key] for key in ("config", "vocab", "model")}
+    yield "not a dict", [checkpoint]
+    yield "other keys", with_config(n_heads=1)
+    yield "do not divide", with_config(n_head=2)
+    for size in (0, 10**12, 1 << 20, True, "8"):
+        yield "make no sense", with_config(n_layer=size)
+    yield "vocab_size characters", checkpoint | {"vocab": checkpoint["vocab"][::-1]}
+    yield (
+        "not those",
+        checkpoint | {"model": {k: v for k, v in weights.items() if k != "ln_f.bias"}},
+    )
+    yield "not those", with_config(n_layer=2)
+    yield "not of the shape", with_weights(lm_head_weight=head[:, 1:])
+    yield "dense tensor", with_weights(lm_head_weight=head.to_sparse())
+    yield "dense tensor", with_weights(lm_head_weight=head.long())
+    yield "dense tensor", with_weights(lm_head_weight=head.to("meta"))
+    yield "not finite", with_weights(lm_head_weight=head * torch.nan)
+    yield (
+        "larger than the file",
+        checkpoint
+        | {
+            "config": config | {"block_size": 1 << 20},
+            "model": weights | {"position_embedding.weight": torch.zeros(1, 1).expand(1 << 20, 65)},
+        },
+    )
+    yield "more than tensors", checkpoint | {"training": Attack()}
 
 
-def test_damaged_weights_are_refused_and_run_nothing(gpt, grown, tmp_path, monkeypatch):
+def test_damaged_weights_are_refused_and_run_nothing(grown, refusal, tmp_path, monkeypatch):
     folder, _ = grown
     monkeypatch.chdir(tmp_path)
     good = (folder / "one-block.pt").read_bytes()
-    files = {"empty": b"", "cut": good[: len(good) // 2], "text": b"not a checkpoint"}
-    for name, checkpoint in damaged(torch.load(io.BytesIO(good), weights_only=True)):
+    cut_off = "torch.save did not write it"
+    files = [(cut_off, b""), (cut_off, good[: len(good) // 2]), (cut_off, b"not a checkpoint")]
+    for message, checkpoint in damaged(torch.load(io.BytesIO(good), weights_only=True)):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        files[name] = buffer.getvalue()
-    for name, content in files.items():
-        path = tmp_path / f"{name}.pt"
+        files.append((message, buffer.getvalue()))
+    path = tmp_path / "damaged.pt"
+    for message, content in files:
         path.write_bytes(content)
-        with pytest.raises(gpt.UserError, match="is not a checkpoint to trust"):
-            gpt.load(path)
+        assert message in refusal("sample", "--weights", path)
     assert not Path("attacked").exists()
-    refused(run("sample", "--weights", tmp_path / "cut.pt"))

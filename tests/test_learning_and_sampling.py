@@ -18,8 +18,7 @@ def tiny(gpt):
     """A random model of two blocks, two heads and a window of 16."""
     torch.manual_seed(0)
     model = gpt.gpt(gpt.Config(20, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2))
-    gpt.initialize(model, 0)
-    return model
+    return gpt.initialize(model, 0)
 
 
 def markov_chain(length, size=6, seed=0):
@@ -41,38 +40,47 @@ def test_trained_bigram_comes_near_its_closed_form(gpt):
         -np.mean([math.log(chances[a, b]) for a, b in zip(s[:-1], s[1:])]) for s in (data, val)
     ]
     assert gpt.counted_bigram(data, val, 6) == pytest.approx(expected)
-    torch.manual_seed(1)
-    model = gpt.RUNGS[0][2](gpt.Config(6))
-    gpt.initialize(model, 0)
+    model = gpt.initialize(gpt.RUNGS[0][2](gpt.Config(6)), 0)
     (*_, (step, loss)) = gpt.train(model, data, val, 8, steps=600, seed=1)
     assert step == 600 and loss == pytest.approx(expected[1], abs=0.02)
 
 
 def test_a_small_model_overfits_a_tiny_text(gpt):
     torch.manual_seed(0)
-    data = torch.randperm(40)[:33]
-    model = gpt.gpt(gpt.Config(40))
-    gpt.initialize(model, 0)
+    # One character alone tells little of the next, but with those before it everything.
+    data = torch.tensor([0, 1, 2, 0, 2, 1, 3, 2] * 8 + [0])
+    model = gpt.initialize(gpt.gpt(gpt.Config(4)), 0)
     gpt.train(model, data, data, 8, steps=200, seed=0)
-    assert gpt.exact_loss(model, data, 8) < 0.05
+    assert gpt.counted_bigram(data, data, 4)[0] > 0.6
+    losses = F.cross_entropy(model(data[None, :8])[0], data[1:9], reduction="none")
+    assert losses[1:].max() < 0.05
 
 
-def test_exact_loss_is_the_mean_over_every_character(gpt, tiny):
-    data = torch.randint(20, (75,))
-    tiny.train()
+def test_training_keeps_its_best_weights(gpt):
+    data, val = torch.randint(30, (2, 200), generator=torch.Generator().manual_seed(0))
+    model = gpt.initialize(gpt.gpt(gpt.Config(30)), 0)
+    curve = gpt.train(model, data, val, 8, steps=300, seed=0)
+    losses = [loss for _, loss in curve]
+    assert len(curve) == 5 and losses[-1] > min(losses) + 0.5  # it overfits
+    assert gpt.exact_loss(model, val, 8) == min(losses)
+
+
+@pytest.mark.parametrize("length", [5001, 4993, 17, 5])
+def test_exact_loss_is_the_mean_over_every_character(gpt, tiny, length):
+    data = torch.randint(20, (length,))
     losses = []
-    for start in range(0, 74, 16):
+    for start in range(0, length - 1, 16):
         x, y = data[start : start + 16], data[start + 1 : start + 17]
         logits = tiny.eval()(x[None, : len(y)])[0]
         losses += F.cross_entropy(logits, y, reduction="none").tolist()
     tiny.train()
     assert gpt.exact_loss(tiny, data, 16) == pytest.approx(np.mean(losses), abs=1e-6)
-    assert len(losses) == 74 and tiny.training
+    assert len(losses) == length - 1 and tiny.training
 
 
 @torch.no_grad()
 def uncached(gpt, model, idx, tokens, **options):
-    """Recompute the window at each step; when it is full, go on from its last half, as documented."""
+    """Recompute the window at each step; when it is full, go on from its last half."""
     window, drawn = idx[:, -16:], []
     model.eval()
     for _ in range(tokens):
@@ -132,7 +140,24 @@ def test_checkpoint_round_trip(gpt, tiny, tmp_path):
     model, same_vocab, training = gpt.load(tmp_path / "tiny.pt")
     idx = torch.randint(20, (2, 16))
     assert (same_vocab, training, model.config) == (vocab, {"step": 7}, tiny.config)
+    config = torch.load(tmp_path / "tiny.pt", weights_only=True)["config"]
+    names = ["vocab_size", "block_size", "n_layer", "n_head", "n_embd", "dropout"]
+    assert list(config) == names and [path.name for path in tmp_path.iterdir()] == ["tiny.pt"]
     assert torch.equal(model(idx), tiny.eval()(idx))
+
+
+def test_a_save_that_fails_loses_nothing(gpt, tiny, tmp_path):
+    path = tmp_path / "tiny.pt"
+    path.write_bytes(b"earlier")
+    with pytest.raises(AttributeError):
+        gpt.save(path, tiny, "", {"step": lambda: "no pickle holds this"})
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"earlier"]
+
+
+def test_a_window_of_one_and_an_odd_one(gpt):
+    for block_size in (1, 3):
+        model = gpt.initialize(gpt.gpt(gpt.Config(5, block_size=block_size, n_embd=4)), 0)
+        assert len(list(gpt.generate(model, torch.zeros(2, 1, dtype=torch.long), 10))) == 10
 
 
 @pytest.fixture
@@ -168,7 +193,7 @@ def test_fetching_writes_the_whole_text_or_nothing(gpt, server, tmp_path):
 def test_without_a_network_the_address_the_file_and_the_digest_are_named(gpt, tmp_path):
     with pytest.raises(gpt.UserError) as error:
         gpt.fetch_text(tmp_path / "input.txt", "http://127.0.0.1:9/text")
-    for part in ("http://127.0.0.1:9/text", "input.txt", gpt.TEXT_SHA256):
+    for part in ("http://127.0.0.1:9/text", "input.txt", gpt.SHA256):
         assert part in str(error.value)
 
 
@@ -177,7 +202,7 @@ def test_the_real_text(gpt):
     text = gpt.read_text(gpt.TEXT)
     vocab = "".join(sorted(set(text)))
     assert (len(text), len(vocab)) == (1_115_394, 65)
-    assert hashlib.sha256(gpt.TEXT.read_bytes()).hexdigest() == gpt.TEXT_SHA256
+    assert hashlib.sha256(gpt.TEXT.read_bytes()).hexdigest() == gpt.SHA256
     ids = gpt.encode(text, vocab)
     assert "".join(vocab[i] for i in ids[:1000]) == text[:1000]
     data, val = gpt.split(ids, 8)

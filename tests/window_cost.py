@@ -8,15 +8,16 @@ from a full window, and when it is predicted as `sample` does, from half a windo
 
 import argparse
 from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
 
 import torch
-from conftest import load_script
 from torch.nn import functional as F
 
 
 @torch.inference_mode()
 def window_losses(model, data):
-    """The two losses of predicting the same characters of `data`: full window, window as sampled."""
+    """Two losses on the same characters of `data`: with a full window, with one as sampled."""
     block_size = model.config.block_size
     kept = max(1, block_size // 2)
     # A refilled cache predicts from `kept` characters, then from one more each time.
@@ -32,7 +33,7 @@ def window_losses(model, data):
 
 
 if __name__ == "__main__":
-    gpt = load_script()
+    gpt = SimpleNamespace(**run_path(Path(__file__).resolve().parent.parent / "bigram-to-gpt.py"))
     parser = argparse.ArgumentParser(description="What sampling beyond the window costs in loss.")
     parser.add_argument("--weights", type=Path, default=gpt.WEIGHTS)
     parser.add_argument("--input", type=Path, default=gpt.TEXT)
