@@ -19,6 +19,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -70,9 +71,10 @@ class Config:
 
     def __post_init__(self):
         sizes = self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd
-        sane = all(type(size) is int and 1 <= size <= 1 << 20 for size in sizes)
-        sane = sane and self.n_layer <= 1000 and 0 <= self.dropout < 1
-        require(sane, f"sizes that make no sense: {self}")
+        numbers = all(type(size) is int for size in sizes) and type(self.dropout) in (int, float)
+        require(numbers, "sizes that are not numbers")
+        sane = all(1 <= size <= 1 << 20 for size in sizes) and self.n_layer <= 1000
+        require(sane and 0 <= self.dropout < 1, f"sizes that make no sense: {self}")
         require(self.n_embd % self.n_head == 0, f"heads that do not divide the width: {self}")
 
 
@@ -149,7 +151,7 @@ def split(text, block_size):
 
 
 def counted_bigram(train_data, val_data, vocab_size):
-    """Both losses, in nats, of a bigram without training: pairs counted in the train ids, plus 1."""
+    """Both losses, in nats, of a bigram without training: pairs in the train ids, each plus 1."""
     pairs = np.ones((vocab_size, vocab_size))  # (V, V)
     np.add.at(pairs, (train_data[:-1].numpy(), train_data[1:].numpy()), 1)
     log_probability = np.log(pairs / pairs.sum(axis=1, keepdims=True))  # (V, V)
@@ -308,9 +310,11 @@ def batches(data, block_size, batch_size, steps, seed):
     """
     windows = data.unfold(0, block_size + 1, block_size)  # (N, T + 1), overlapping by a character
     generator = torch.Generator().manual_seed(seed)
-    epochs = math.ceil(steps * batch_size / len(windows))
-    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
-    for rows in order[: steps * batch_size].split(batch_size):
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(order) < batch_size:
+            order = torch.cat((order, torch.randperm(len(windows), generator=generator)))
+        rows, order = order[:batch_size], order[batch_size:]  # (B,) and what is left
         batch = windows[rows]  # (B, T + 1)
         yield batch[:, :-1], batch[:, 1:]
 
@@ -377,14 +381,18 @@ def load(path):
     require(path.is_file(), f"there is no file of weights {path}: {made}")
     try:
         require(zipfile.is_zipfile(path), "torch.save did not write it, or it is cut off")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
+            require(stored and archive.testzip() is None, "it is damaged")
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return rebuild(checkpoint, path.stat().st_size), checkpoint["vocab"], checkpoint["training"]
     except OSError:
         raise
     except Exception as error:  # a damaged file makes torch.load raise almost anything
         reason = error if isinstance(error, UserError) else f"{type(error).__name__} while reading"
         if isinstance(error, UnpicklingError):
-            reason = "it holds more than tensors and plain types, or is damaged"
+            reason = "it holds more than tensors and plain types"
         raise UserError(f"{path} is not a valid checkpoint: {reason}; {made}") from None
 
 
@@ -537,7 +545,8 @@ def draw(path, grown, counted, name):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.3)
     during.legend(frameon=False)
-    during.set(title=f"Growing on {name}", xlabel="iteration", ylabel="loss (nats per character)")
+    during.set(xlabel="iteration", ylabel="loss (nats per character)")
+    during.set_title(f"Growing on {name.encode(errors='replace').decode()}", parse_math=False)
     kept.set(title="At the end: validation filled, train hollow", xmargin=0.15)
     kept.tick_params(axis="x", rotation=20)
     with replacing(path) as file:
@@ -547,23 +556,25 @@ def draw(path, grown, counted, name):
 def sample(args):
     """Continue the prompt on stdout: one text as it is drawn, or several, drawn as one batch."""
     model, vocab, _ = load(args.weights)
+    require(sys.stdin or args.prompt != "-", "stdin is closed: give the prompt itself")
     prompt = from_utf8(sys.stdin.buffer.read(), "the prompt") if args.prompt == "-" else args.prompt
     idx = encode(prompt or vocab[0], vocab).repeat(args.samples, 1)  # (B, T)
     generator = torch.Generator()
     seed = generator.seed() % 2**32 if args.seed is None else args.seed
     generator.manual_seed(seed)
     columns = generate(model, idx, args.tokens, args.temperature, args.top_k, generator)
-    start, drawn = time.perf_counter(), []
+    start, count, drawn = time.perf_counter(), 0, []
     try:
         if args.samples == 1:
             print(prompt, end="", flush=True)
-        for ids in columns:  # (B,)
-            drawn.append(ids)
+        for count, ids in enumerate(columns, start=1):  # (B,)
             if args.samples == 1:
                 print(vocab[ids[0]], end="", flush=True)
+            else:
+                drawn.append(ids)
     finally:  # after Ctrl-C as well
-        speed = len(drawn) * args.samples / (time.perf_counter() - start)
-        if args.samples > 1 and drawn:
+        speed = count * args.samples / (time.perf_counter() - start)
+        if drawn:
             rows = torch.stack(drawn, dim=1)  # (B, tokens)
             texts = (prompt + decode(row, vocab) for row in rows)
             print(f"\n{'-' * 40}\n".join(texts), end="", flush=True)
@@ -646,6 +657,8 @@ def parse(argv):
 
 def main(argv):
     """Run one action and return the exit status."""
+    streams = sys.stdout, sys.stderr  # None where they are closed
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in streams)
     # A terminal that lacks a character shows "?"; whoever reads us gets each line when it is done.
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
@@ -661,7 +674,7 @@ def main(argv):
         if isinstance(error, OSError):
             file, reason = error.filename or "stdout", error.strerror or error
             error = f"cannot use {file}: {reason}; name another"
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error:", str(error).replace("\n", " "), file=sys.stderr)
         return 2
     return 0
 
