@@ -6,7 +6,8 @@
 
 After Andrej Karpathy's lecture "Let's build GPT: from scratch, in code, spelled out". The text is
 Tiny Shakespeare. The last model, a decoder-only transformer of one block and 60,515 parameters,
-ends at a validation loss of 1.995 (mean of seeds 1, 2, 3); counting bigrams gives 2.482.
+ends at a validation loss of 1.990 (mean of seeds 1, 2, 3); counting bigrams gives 2.482. All five
+take 22 seconds on two cores of an AMD EPYC of the Zen 4 generation, imports and picture included.
 
 Losses are in nats per character. Shapes stand at the ends of lines: B sequences of T characters, C
 channels (n_embd) for each, V characters in the vocabulary, S positions that attention can look at.
