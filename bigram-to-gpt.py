@@ -13,10 +13,16 @@ Losses are in nats per character. Shapes stand at the ends of lines: B sequences
 channels (n_embd) for each, V characters in the vocabulary, S positions that attention can look at.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the libraries load; main() takes over from here
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import hashlib
+import io
 import math
-import os
 import sys
 import tempfile
 import time
@@ -74,7 +80,8 @@ class Config:
         sizes = self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd
         numbers = all(type(size) is int for size in sizes) and type(self.dropout) in (int, float)
         require(numbers, "sizes that are not numbers")
-        sane = all(1 <= size <= 1 << 20 for size in sizes) and self.n_layer <= 1000
+        sane = all(1 <= size <= 1 << 16 for size in sizes) and self.n_layer <= 1000
+        sane &= self.block_size <= 1 << 12  # attention takes the square of it
         require(sane and 0 <= self.dropout < 1, f"sizes that make no sense: {self}")
         require(self.n_embd % self.n_head == 0, f"heads that do not divide the width: {self}")
 
@@ -102,7 +109,7 @@ def fetch_text(path, url=URL, sha256=SHA256):
     remedy = f"try again, or save it yourself as {path}; its SHA-256 is {sha256}"
     try:
         with urlopen(url, timeout=30) as response:
-            content = response.read(1 << 22)  # four times its size, lest a reply never end
+            content = response.read(1 << 22)  # well above its size, lest a reply never end
     except (OSError, HTTPException) as error:
         raise UserError(f"cannot fetch {url} ({error}): {remedy}") from None
     right = hashlib.sha256(content).hexdigest() == sha256
@@ -117,7 +124,7 @@ def read_text(path):
     if path == TEXT and not path.exists():
         fetch_text(path)
     content = path.read_bytes()
-    if path == TEXT and hashlib.sha256(content).hexdigest() != SHA256:
+    if path == TEXT and content and hashlib.sha256(content).hexdigest() != SHA256:
         print(f"{path} is not Tiny Shakespeare; it is used as it is", file=sys.stderr)
     return from_utf8(content, path)
 
@@ -143,10 +150,11 @@ def decode(ids, vocab):
     return "".join(vocab[i] for i in ids)
 
 
-def split(text, block_size):
+def split(text, block_size, name="the text"):
     """The first 90 % of a text to train on, the rest to validate on; a window must fit in each."""
     least = 10 * block_size + 1
-    require(len(text) >= least, f"{len(text):,} characters are too few: give {least:,} or more")
+    size = f"{name} has {len(text):,} characters, too few"
+    require(len(text) >= least, f"{size}: give it {least:,} or more")
     boundary = len(text) * 9 // 10
     return text[:boundary], text[boundary:]
 
@@ -369,8 +377,10 @@ def save(path, model, vocab, training):
     # After training all parameters lie in one vector: without clone() each would bring all of it.
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     parts = {"config": asdict(model.config), "vocab": vocab, "model": weights, "training": training}
+    buffer = io.BytesIO()  # torch.save would hide what a full disk says
+    torch.save(parts, buffer)
     with replacing(path) as file:
-        torch.save(parts, file)
+        file.write(buffer.getbuffer())
 
 
 def load(path):
@@ -378,13 +388,13 @@ def load(path):
 
     A UserError tells that a file is missing, damaged, or at odds with itself. No code in it runs.
     """
-    made = "`python bigram-to-gpt.py` makes one-block.pt, for --weights one-block.pt"
+    made = "`python bigram-to-gpt.py` makes one-block.pt; then say --weights one-block.pt"
     require(path.is_file(), f"there is no file of weights {path}: {made}")
     try:
         require(zipfile.is_zipfile(path), "torch.save did not write it, or it is cut off")
         with zipfile.ZipFile(path) as archive:
             stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
-            require(stored and archive.testzip() is None, "it is damaged")
+            require(stored and archive.testzip() is None, "it is damaged or compressed")
         with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return rebuild(checkpoint, path.stat().st_size), checkpoint["vocab"], checkpoint["training"]
@@ -393,7 +403,7 @@ def load(path):
     except Exception as error:  # a damaged file makes torch.load raise almost anything
         reason = error if isinstance(error, UserError) else f"{type(error).__name__} while reading"
         if isinstance(error, UnpicklingError):
-            reason = "it holds more than tensors and plain types"
+            reason = "it is damaged, or holds more than tensors and plain types"
         raise UserError(f"{path} is not a valid checkpoint: {reason}; {made}") from None
 
 
@@ -413,14 +423,15 @@ def rebuild(checkpoint, file_size):
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     require(weights.keys() == shapes.keys(), "its names are not those of its configuration")
     for name, tensor in weights.items():
+        require(isinstance(tensor, torch.Tensor), f"{name} is not a tensor")
         dense = tensor.layout == torch.strided and tensor.is_floating_point()
         require(dense and tensor.device.type == "cpu", f"{name} is not a dense tensor of floats")
         require(tensor.shape == shapes[name], f"{name} is not of the shape that it should have")
     claimed = sum(tensor.nbytes for tensor in weights.values())
     require(claimed <= file_size, "its tensors claim to be larger than the file")
     weights = {name: tensor.float() for name, tensor in weights.items()}
-    finite = all(tensor.isfinite().all() for tensor in weights.values())
-    require(finite, "some of its numbers are not finite")
+    sane = all((tensor.abs() < 1e4).all() for tensor in weights.values())  # NaN is not
+    require(sane, "some of its numbers are enormous, or none at all")
     # One row at a time goes fastest through a tall matrix if its columns are contiguous.
     for name, tensor in weights.items():
         if tensor.dim() == 2 and tensor.shape[0] > tensor.shape[1]:
@@ -448,9 +459,10 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, generator=
                 unread = window if caches is None else window[:, -max(1, block_size // 2) :]
                 caches = [KVCache(len(idx), model.config) for _ in model.blocks]
             logits = model(unread, caches)[:, -1]  # (B, V)
-            unread = choose(logits, temperature, top_k, generator)  # (B, 1)
-            window = torch.cat((window, unread), dim=1)[:, -block_size:]  # (B, T)
-            yield unread[:, 0]
+            drawn = choose(logits, temperature, top_k, generator)  # (B, 1)
+            yield drawn[:, 0]
+            window = torch.cat((window, drawn), dim=1)[:, -block_size:]  # (B, T)
+            unread = drawn
 
 
 def choose(logits, temperature, top_k, generator):
@@ -473,19 +485,23 @@ def grow(args):
 
     text, steps, seed, block_size = read_text(args.input), args.steps, args.seed, Config.block_size
     vocab = "".join(sorted(set(text)))
-    data, val_data = (encode(part, vocab) for part in split(text, block_size))
+    many = f"{args.input} has {len(vocab):,} distinct characters"
+    require(len(vocab) <= 10_000, f"{many}: give a text of 10,000 at most")
+    data, val_data = (encode(part, vocab) for part in split(text, block_size, args.input))
     # What would keep us from saving had better be found out now than after training.
     args.out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out).close()
     weights_path, picture_path = args.out / "one-block.pt", args.out / "growth.png"
     for path in (weights_path, picture_path):
         require(not path.is_dir(), f"{path} is a directory: move it away, or name another --out")
+        mine = path.exists() and path.samefile(args.input)
+        require(not mine, f"{path} is the text itself: name another --out")
 
     config = Config(vocab_size=len(vocab))
     counted = counted_bigram(data, val_data, len(vocab))
     titles = [f"{number} {name}" for number, (name, _, _) in enumerate(RUNGS, start=1)]
     models = [initialize(build(config), seed) for _, _, build in RUNGS]
-    stopped = Event()  # set by Ctrl-C
+    stopped = Event()  # set on the way out, above all by Ctrl-C
     until_stopped = partial(takewhile, lambda _: not stopped.is_set())
 
     def grow_rung(title, model):
@@ -594,13 +610,32 @@ def evaluate(args):
 
     model, vocab, training = load(args.weights)
     block_size = model.config.block_size
-    splits = [encode(part, vocab) for part in split(read_text(args.input), block_size)]
+    parts = split(read_text(args.input), block_size, args.input)
+    splits = [encode(part, vocab) for part in parts]
     print(f"{'loss on ' + args.input.name:24} {'measured':>10} {'in the file':>12}")
     for title, key, data in zip(("train", "validation"), ("train_loss", "val_loss"), splits):
         bar = partial(tqdm, desc=title, leave=False)
         loss, claim = exact_loss(model, data, block_size, bar), training.get(key)
         claim = f"{claim:.4f}" if isinstance(claim, float) else "nothing"
         print(f"{title:24} {loss:10.4f} {claim:>12}", flush=True)
+
+
+class Notices:
+    """A stream on which what cannot be written is dropped: losing a notice is no reason to stop."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
 
 
 class Parser(argparse.ArgumentParser):
@@ -651,8 +686,8 @@ def parse(argv):
     option("--temperature", metavar="F", type=number(float, 0, math.inf), default=1.0,
            help="0 takes the likeliest, below 1 is careful, above 1 is wild (1.0)")  # fmt: skip
     option("--top-k", metavar="N", type=natural, help="draw among the N likeliest only")
-    option("--seed", metavar="N", type=seed, help="the same seed draws the same text")
-    option("--samples", metavar="N", type=number(int, 1, 256), default=1, help="how many texts (1)")
+    option("--seed", metavar="N", type=seed, help="the same seed draws the same text (random)")
+    option("--samples", metavar="N", type=number(int, 1, 256), default=1, help="how many (1)")
 
     option = action(evaluate, "print a checkpoint's exact train and validation loss on a text")
     option("--weights", **file, default=WEIGHTS, help=f"the checkpoint ({WEIGHTS.name})")
@@ -660,10 +695,17 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+def interrupt(*_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: what ends is left to end
+    raise KeyboardInterrupt
+
+
 def main(argv):
     """Run one action and return the exit status."""
+    signal.signal(signal.SIGINT, interrupt)
     streams = sys.stdout, sys.stderr  # None where they are closed
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in streams)
+    sys.stderr = Notices(sys.stderr)
     # A terminal that lacks a character shows "?"; whoever reads us gets each line when it is done.
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:

@@ -120,6 +120,25 @@ def test_a_closed_pipe_ends_quietly(grown):
     assert process.stderr.read() == b""
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="ulimit is of Unix")
+def test_nobody_reads_stderr_and_a_full_disk(grown, tmp_path):
+    folder, _ = grown
+    options = "--input", folder / "text.txt", "--steps", 2, "--out", tmp_path
+    unread, unwritten = os.pipe()
+    os.close(unread)  # a pipe without a reader
+    command = [sys.executable, str(SCRIPT), *map(str, options)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=unwritten, timeout=100)
+    os.close(unwritten)
+    assert result.returncode == 0 and b"5 block" in result.stdout
+    before = (tmp_path / "one-block.pt").read_bytes()
+    limited = ["bash", "-c", 'ulimit -f 100; trap "" XFSZ; exec "$@"', "bash", *command]
+    result = subprocess.run(limited, capture_output=True, timeout=100)
+    assert result.returncode == 2 and b"one-block.pt: File too large" in result.stderr
+    assert b"Traceback" not in result.stderr
+    assert (tmp_path / "one-block.pt").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["growth.png", "one-block.pt"]
+
+
 def interrupted(command, marker):
     """What a command prints in all when Ctrl-C comes after it has printed `marker`."""
     process = subprocess.Popen(
@@ -176,9 +195,10 @@ def test_bad_options_of_sample(grown, refusal, options, message):
     "content, message",
     [
         (None, "No such file"),
-        (b"", "0 characters are too few"),
+        (b"", "0 characters, too few"),
         (b"caf\xe9" * 100, "not UTF-8"),
-        (b"a" * 80, "give 81 or more"),
+        (b"a" * 80, "give it 81 or more"),
+        ("".join(map(chr, range(20_000, 31_000))).encode(), "11,000 distinct characters"),
     ],
 )
 def test_bad_texts(refusal, tmp_path, content, message):
@@ -222,6 +242,9 @@ def test_an_output_folder_that_cannot_be_made_is_found_before_training(grown, re
     assert "Not a directory" in refusal("--input", text, "--out", text / "below")
     (folder / "out" / "growth.png").mkdir(parents=True)
     assert "is a directory" in refusal("--input", text, "--out", folder / "out")
+    picture = Path(shutil.copy(text, folder / "out" / "one-block.pt"))
+    assert "is the text itself" in refusal("--input", picture, "--out", picture.parent)
+    assert picture.read_bytes() == text.read_bytes()
     assert "not a whole number" in refusal("--input", text, "--steps", "0")
 
 
@@ -261,13 +284,16 @@ def damaged(checkpoint):
     yield "dense tensor", with_weights(lm_head_weight=head.to_sparse())
     yield "dense tensor", with_weights(lm_head_weight=head.long())
     yield "dense tensor", with_weights(lm_head_weight=head.to("meta"))
-    yield "not finite", with_weights(lm_head_weight=head * torch.nan)
+    yield "not a tensor", with_weights(lm_head_weight=head.tolist())
+    for value in (torch.nan, torch.inf, 1e30):
+        yield "enormous", with_weights(lm_head_weight=head.clone().fill_diagonal_(value))
+    yield "make no sense", with_config(block_size=1 << 13)
     yield (
         "larger than the file",
         checkpoint
         | {
-            "config": config | {"block_size": 1 << 20},
-            "model": weights | {"position_embedding.weight": torch.zeros(1, 1).expand(1 << 20, 65)},
+            "config": config | {"block_size": 1 << 12},
+            "model": weights | {"position_embedding.weight": torch.zeros(1, 1).expand(1 << 12, 65)},
         },
     )
     yield "more than tensors", checkpoint | {"training": Attack()}
