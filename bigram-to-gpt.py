@@ -34,7 +34,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from http.client import HTTPException
 from itertools import takewhile
-from operator import itemgetter
 from pathlib import Path
 from pickle import UnpicklingError
 from threading import Event
@@ -80,9 +79,9 @@ class Config:
         sizes = self.vocab_size, self.block_size, self.n_layer, self.n_head, self.n_embd
         numbers = all(type(size) is int for size in sizes) and type(self.dropout) in (int, float)
         require(numbers, "sizes that are not numbers")
-        sane = all(1 <= size <= 1 << 16 for size in sizes) and self.n_layer <= 1000
-        sane &= self.block_size <= 1 << 12  # attention takes the square of it
-        require(sane and 0 <= self.dropout < 1, f"sizes that make no sense: {self}")
+        sane = all(1 <= size <= 1 << 16 for size in sizes) and 0 <= self.dropout < 1
+        sane = sane and self.n_layer <= 1000 and self.block_size <= 1 << 12  # attention squares it
+        require(sane, f"sizes that make no sense: {self}")
         require(self.n_embd % self.n_head == 0, f"heads that do not divide the width: {self}")
 
 
@@ -203,8 +202,8 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(k, v)  # (B, n_head, S, head_size) each
         S = k.shape[2]
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, n_head, T, S)
-        mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)  # (T, S), nothing later
-        weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)  # (B, n_head, T, S)
+        later = torch.ones(T, S, dtype=torch.bool).triu(S - T + 1)  # (T, S)
+        weights = scores.masked_fill(later, -math.inf).softmax(dim=-1)  # (B, n_head, T, S)
         out = self.dropout(weights) @ v  # (B, n_head, T, head_size)
         return self.dropout(self.proj(out.transpose(1, 2).reshape(B, T, C)))  # (B, T, C)
 
@@ -219,7 +218,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):  # (B, T, C)
-        return self.dropout(self.down(self.up(x).relu_()))
+        return self.dropout(self.down(F.relu(self.up(x))))
 
 
 class Block(nn.Module):
@@ -452,12 +451,14 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, generator=
     fed in again from position 0 on. Until then the result is that of recomputing the whole prefix.
     """
     block_size = model.config.block_size
-    window, caches = idx[:, -block_size:], None  # (B, T), one cache a block
+    unread = window = idx[:, -block_size:]  # (B, T)
+    caches = [KVCache(len(idx), model.config) for _ in model.blocks]
     with evaluating(model):
         for _ in range(max_new_tokens):
-            if caches is None or caches[0].length == block_size:
-                unread = window if caches is None else window[:, -max(1, block_size // 2) :]
-                caches = [KVCache(len(idx), model.config) for _ in model.blocks]
+            if caches[0].length == block_size:
+                unread = window[:, -max(1, block_size // 2) :]  # (B, T)
+                for cache in caches:
+                    cache.length = 0
             logits = model(unread, caches)[:, -1]  # (B, V)
             drawn = choose(logits, temperature, top_k, generator)  # (B, 1)
             yield drawn[:, 0]
@@ -528,7 +529,7 @@ def grow(args):
             results = pool.map(grow_rung, titles, models)
             for title, (_, adds, _), model, result in zip(titles, RUNGS, models, results):
                 curve, train_loss, seconds = result
-                step, val_loss = min(curve, key=itemgetter(1))
+                step, val_loss = min(curve, key=lambda point: point[1])
                 parameters = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
                 losses = map("{:.4f}".format, (train_loss, val_loss, val_loss / math.log(2)))
                 tqdm.write(row(title, adds, parameters, *losses, f"{seconds:.1f}"))
@@ -617,7 +618,7 @@ def evaluate(args):
         bar = partial(tqdm, desc=title, leave=False)
         loss, claim = exact_loss(model, data, block_size, bar), training.get(key)
         claim = f"{claim:.4f}" if isinstance(claim, float) else "nothing"
-        print(f"{title:24} {loss:10.4f} {claim:>12}", flush=True)
+        print(f"{title:24} {loss:10.4f} {claim:>12}")
 
 
 class Notices:

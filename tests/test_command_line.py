@@ -242,9 +242,9 @@ def test_an_output_folder_that_cannot_be_made_is_found_before_training(grown, re
     assert "Not a directory" in refusal("--input", text, "--out", text / "below")
     (folder / "out" / "growth.png").mkdir(parents=True)
     assert "is a directory" in refusal("--input", text, "--out", folder / "out")
-    picture = Path(shutil.copy(text, folder / "out" / "one-block.pt"))
-    assert "is the text itself" in refusal("--input", picture, "--out", picture.parent)
-    assert picture.read_bytes() == text.read_bytes()
+    misnamed = Path(shutil.copy(text, folder / "out" / "one-block.pt"))
+    assert "is the text itself" in refusal("--input", misnamed, "--out", misnamed.parent)
+    assert misnamed.read_bytes() == text.read_bytes()
     assert "not a whole number" in refusal("--input", text, "--steps", "0")
 
 
@@ -261,10 +261,8 @@ def damaged(checkpoint):
     def with_config(**sizes):
         return checkpoint | {"config": config | sizes}
 
-    def with_weights(**tensors):
-        return checkpoint | {
-            "model": weights | {k.replace("_w", ".w"): v for k, v in tensors.items()}
-        }
+    def with_head(value):
+        return checkpoint | {"model": weights | {"lm_head.weight": value}}
 
     yield "has no training", {key: checkpoint[key] for key in ("config", "vocab", "model")}
     yield "not a dict", [checkpoint]
@@ -280,13 +278,13 @@ def damaged(checkpoint):
         checkpoint | {"model": {k: v for k, v in weights.items() if k != "ln_f.bias"}},
     )
     yield "not those", with_config(n_layer=2)
-    yield "not of the shape", with_weights(lm_head_weight=head[:, 1:])
-    yield "dense tensor", with_weights(lm_head_weight=head.to_sparse())
-    yield "dense tensor", with_weights(lm_head_weight=head.long())
-    yield "dense tensor", with_weights(lm_head_weight=head.to("meta"))
-    yield "not a tensor", with_weights(lm_head_weight=head.tolist())
+    yield "not of the shape", with_head(head[:, 1:])
+    yield "dense tensor", with_head(head.to_sparse())
+    yield "dense tensor", with_head(head.long())
+    yield "dense tensor", with_head(head.to("meta"))
+    yield "not a tensor", with_head(head.tolist())
     for value in (torch.nan, torch.inf, 1e30):
-        yield "enormous", with_weights(lm_head_weight=head.clone().fill_diagonal_(value))
+        yield "enormous", with_head(head.clone().fill_diagonal_(value))
     yield "make no sense", with_config(block_size=1 << 13)
     yield (
         "larger than the file",
