@@ -480,6 +480,11 @@ def choose(logits, temperature, top_k, generator):
 # ------------------------------------------------------------------------------------ command line
 
 
+def interrupt(*_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: what ends is left to end
+    raise KeyboardInterrupt
+
+
 def grow(args):
     """Train the five models: print a table, save a picture and the last model, sample it."""
     from tqdm import tqdm
@@ -502,7 +507,7 @@ def grow(args):
     counted = counted_bigram(data, val_data, len(vocab))
     titles = [f"{number} {name}" for number, (name, _, _) in enumerate(RUNGS, start=1)]
     models = [initialize(build(config), seed) for _, _, build in RUNGS]
-    stopped = Event()  # set on the way out, above all by Ctrl-C
+    stopped = Event()
     until_stopped = partial(takewhile, lambda _: not stopped.is_set())
 
     def grow_rung(title, model):
@@ -524,18 +529,24 @@ def grow(args):
     grown = []
     # Two models at a time, on one core each, finish sooner than one after the other on both cores.
     torch.set_num_threads(1)
+    # Raised wherever we are, KeyboardInterrupt would leave tqdm's lock taken: stop between batches.
+    signal.signal(signal.SIGINT, lambda *_: stopped.set())
     with ThreadPoolExecutor(max_workers=2) as pool:
         try:
             results = pool.map(grow_rung, titles, models)
-            for title, (_, adds, _), model, result in zip(titles, RUNGS, models, results):
+            finished = zip(titles, RUNGS, models, results)
+            for title, (_, adds, _), model, result in until_stopped(finished):
                 curve, train_loss, seconds = result
                 step, val_loss = min(curve, key=lambda point: point[1])
                 parameters = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
                 losses = map("{:.4f}".format, (train_loss, val_loss, val_loss / math.log(2)))
                 tqdm.write(row(title, adds, parameters, *losses, f"{seconds:.1f}"))
                 grown.append((title, curve, train_loss, val_loss))
+            if stopped.is_set():
+                interrupt()
         finally:
-            stopped.set()  # after Ctrl-C the other models need not be finished
+            stopped.set()  # the other models need not be finished
+    signal.signal(signal.SIGINT, interrupt)
 
     training = {"step": step, "train_loss": train_loss, "val_loss": val_loss, "seed": seed}
     training |= {"device": "cpu", "torch": str(torch.__version__)}
@@ -694,11 +705,6 @@ def parse(argv):
     option("--weights", **file, default=WEIGHTS, help=f"the checkpoint ({WEIGHTS.name})")
     option("--input", **file, default=TEXT, help="the UTF-8 text (default: Tiny Shakespeare)")
     return parser.parse_args(argv)
-
-
-def interrupt(*_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: what ends is left to end
-    raise KeyboardInterrupt
 
 
 def main(argv):
