@@ -1,0 +1,192 @@
+"""The notebook: its model is the script's, its training survives anything, its outputs are real."""
+
+import ast
+import random
+import re
+import signal
+import subprocess
+import sys
+
+import nbformat
+import pytest
+import torch
+from conftest import SCRIPT
+from nbclient import NotebookClient
+
+NOTEBOOK = SCRIPT.with_name("model.ipynb")
+TINY = dict(block_size=16, n_layer=2, n_head=2, n_embd=32, batch_size=4, iterations=30)
+TINY |= dict(eval_interval=10, dropout=0.1, attention_dropout=0.1)
+
+
+def code_of(notebook):
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A function that gives the notebook with a text of our own and small settings, or others."""
+    words = ["I went", "to", "the", "gym", "today", "and", "far", "away,\n"]
+    (tmp_path / "text.txt").write_text(" ".join(random.Random(1).choices(words, k=1000)))
+    paths = dict(text_path="text.txt", checkpoint_dir="kept", weights_path="weights.pt")
+    paths = {name: str(tmp_path / path) for name, path in paths.items()}
+
+    def build(**others):
+        notebook = nbformat.read(NOTEBOOK, as_version=4)
+        tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
+        place = tags.index(["parameters"])
+        known = {node.id for node in ast.walk(ast.parse(notebook.cells[place].source))
+                 if isinstance(node, ast.Name)}  # fmt: skip
+        given = TINY | paths | others
+        assert given.keys() <= known
+        source = "\n".join(f"{name} = {value!r}" for name, value in given.items())
+        notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source))
+        return notebook
+
+    return build
+
+
+@pytest.fixture
+def train(tiny, tmp_path):
+    """A function that runs the cells in a process of its own, with `patch` before the training."""
+
+    def run(patch="", **others):
+        sources = code_of(tiny(**others))
+        place = next(i for i, source in enumerate(sources) if "train(run, path)\n" in source)
+        (tmp_path / "cells.py").write_text("\n".join([*sources[:place], patch, *sources[place:]]))
+        return subprocess.run(
+            [sys.executable, "cells.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100,
+            env={"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "PATH": "", "HOME": str(tmp_path)},
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture
+def definitions():
+    """The names that the notebook's imports, classes and functions define, and nothing run."""
+    kinds = ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef
+    body = [node for source in code_of(nbformat.read(NOTEBOOK, as_version=4))
+            for node in ast.parse(source).body if isinstance(node, kinds)]  # fmt: skip
+    names = {"__name__": "notebook"}
+    sys.modules["notebook"] = type(sys)("notebook")  # where @dataclass looks
+    exec(compile(ast.Module(body, []), NOTEBOOK.name, "exec"), names)
+    return names
+
+
+# ---------------------------------------------------------------------------------- the same model
+
+
+@pytest.mark.parametrize("sizes", [(65, 8, 1, 1, 65), (7, 16, 2, 4, 32), (30, 5, 3, 1, 12)])
+def test_notebook_and_script_give_the_same_logits(gpt, definitions, sizes):
+    config = gpt.Config(*sizes, dropout=0.2)
+    ours = gpt.initialize(gpt.gpt(config), seed=1).eval()
+    theirs = definitions["GPT"](definitions["Config"](*sizes, dropout=0.2)).eval()
+    theirs.load_state_dict(ours.state_dict())
+    idx = torch.randint(sizes[0], (3, sizes[1]))
+    torch.testing.assert_close(theirs(idx), ours(idx), atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------- the whole
+
+
+def test_the_notebook_runs_and_the_script_loads_what_it_saves(gpt, tiny, tmp_path, capsys):
+    notebook = tiny()
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("import socket\nsocket.getaddrinfo = None"))
+    NotebookClient(notebook, timeout=100).execute()
+    printed = "".join(output.get("text", "") for cell in notebook.cells if cell.cell_type == "code"
+                      for output in cell.outputs)  # fmt: skip
+    weights = tmp_path / "weights.pt"
+    _, vocab, training = gpt.load(weights)
+    assert training["interim"] and training["recipe"] == "ours" and training["step"] in (10, 20, 30)
+    losses = [f"{training[key]:.4f}" for key in ("train_loss", "val_loss")]
+    assert re.search(f"best, stored +{training['step']} +{losses[0]} +{losses[1]}", printed)
+
+    text = tmp_path / "text.txt"
+    assert gpt.main(["evaluate", "--weights", str(weights), "--input", str(text)]) == 0
+    rows = [line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows == [[loss, loss] for loss in losses]
+    prompt = ["--prompt", "I went to the gym today", "--tokens", "50"]
+    assert gpt.main(["sample", "--weights", str(weights), *prompt]) == 0
+
+
+@pytest.mark.parametrize("recipe, precision", [("plain", "float32"), ("ours", "float16")])
+def test_every_recipe_and_precision_learns(train, gpt, tmp_path, recipe, precision):
+    done = train(recipe=recipe, precision=precision)
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"validation (\S+)", done.stdout)]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert precision in done.stdout
+    assert gpt.load(tmp_path / "weights.pt")[2]["recipe"] == recipe
+
+
+# ------------------------------------------------------------------------------------ interruptions
+
+KILLED_AT_STEP = """
+import signal
+advance_alive = advance
+def advance(run):
+    if run.step == {}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    advance_alive(run)
+"""
+
+KILLED_IN_SAVE = """
+import signal
+fsync, saves = os.fsync, [None] * {}
+def die_with_half_a_file(number):
+    saves.pop()
+    if saves:
+        return fsync(number)
+    os.ftruncate(number, os.fstat(number).st_size // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = die_with_half_a_file
+"""
+
+
+def test_killed_training_goes_on_to_the_same_result(train, tmp_path):
+    kept, weights = tmp_path / "kept/ours-1.pt", tmp_path / "weights.pt"
+    assert train().returncode == 0
+    at_once, weights_at_once = torch.load(kept), weights.read_bytes()
+    kept.unlink()
+    steps = []
+    for patch in (
+        KILLED_AT_STEP.format(7),  # before the first checkpoint
+        KILLED_IN_SAVE.format(1),
+        KILLED_IN_SAVE.format(2),
+        KILLED_AT_STEP.format(25),
+        KILLED_IN_SAVE.format(2),  # the save of the weights
+        "",
+    ):
+        done = train(patch)
+        assert done.returncode == (-signal.SIGKILL if patch else 0), done.stderr
+        steps += map(int, re.findall(r"stands at step (\d+)", done.stdout))
+    assert steps == [10, 20, 30]
+    in_parts = torch.load(kept)
+    assert in_parts["settings"] == at_once["settings"]
+    for name in ("step", "parts", "losses", "curve", "best", "random"):
+        torch.testing.assert_close(in_parts[name], at_once[name], rtol=0, atol=0)
+    assert weights.read_bytes() == weights_at_once
+
+
+def test_a_finished_run_and_one_of_other_settings_are_told_apart(train, tmp_path):
+    assert train().returncode == 0
+    kept = tmp_path / "kept/ours-1.pt"
+    content, weights = kept.read_bytes(), (tmp_path / "weights.pt").read_bytes()
+    again = train()
+    assert again.returncode == 0 and "stands at step 30: a finished run" in again.stdout
+    other = train(dropout=0.3)
+    assert other.returncode == 1
+    line = other.stderr.splitlines()[-1]
+    assert "started with other settings" in line and "'dropout': 0.1" in line
+    assert train(seed=2).returncode == 0  # a run of its own
+    assert kept.read_bytes() == content
+    assert (tmp_path / "weights.pt").read_bytes() != weights
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
+    done = train("pace = lambda step: 1.0 if step < 15 else 1e30")
+    assert done.returncode == 1
+    assert re.search("the loss is (nan|inf) at step 1[67]: the last good checkpoint", done.stderr)
+    kept = torch.load(tmp_path / "kept/ours-1.pt")
+    assert kept["step"] == 10
+    assert all(tensor.isfinite().all() for tensor in kept["best"].values())
