@@ -51,7 +51,9 @@ def train(tiny, tmp_path):
 
     def run(patch="", **others):
         sources = code_of(tiny(**others))
-        place = next(i for i, source in enumerate(sources) if "train(run, path)\n" in source)
+        place = next(
+            i for i, source in enumerate(sources) if "train(run, checkpoint_path)" in source
+        )
         (tmp_path / "cells.py").write_text("\n".join([*sources[:place], patch, *sources[place:]]))
         return subprocess.run(
             [sys.executable, "cells.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100,
