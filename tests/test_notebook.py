@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -15,11 +17,19 @@ from nbclient import NotebookClient
 
 NOTEBOOK = SCRIPT.with_name("model.ipynb")
 TINY = dict(block_size=16, n_layer=2, n_head=2, n_embd=32, batch_size=4, iterations=30)
-TINY |= dict(eval_interval=10, dropout=0.1, attention_dropout=0.1)
+TINY |= dict(eval_interval=10, dropout=0.1, precision="bfloat16")
 
 
 def code_of(notebook):
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def settings_of(notebook, cuda):
+    """What the cell of parameters sets on a machine with or without a GPU."""
+    source = next(c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    names = {"torch": SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: cuda))}
+    exec(source, names)
+    return names
 
 
 @pytest.fixture
@@ -34,10 +44,9 @@ def tiny(tmp_path):
         notebook = nbformat.read(NOTEBOOK, as_version=4)
         tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
         place = tags.index(["parameters"])
-        known = {node.id for node in ast.walk(ast.parse(notebook.cells[place].source))
-                 if isinstance(node, ast.Name)}  # fmt: skip
+        known = settings_of(notebook, cuda=False)
         given = TINY | paths | others
-        assert given.keys() <= known
+        assert given.keys() <= known.keys()
         source = "\n".join(f"{name} = {value!r}" for name, value in given.items())
         notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source))
         return notebook
@@ -49,11 +58,14 @@ def tiny(tmp_path):
 def train(tiny, tmp_path):
     """A function that runs the cells in a process of its own, with `patch` before the training."""
 
-    def run(patch="", **others):
+    def run(patch="", again=False, **others):
         sources = code_of(tiny(**others))
         place = next(
             i for i, source in enumerate(sources) if "train(run, checkpoint_path)" in source
         )
+        if again:
+            first_time = textwrap.indent(sources[place], "    ")
+            patch += f"try:\n{first_time}\nexcept KeyboardInterrupt:\n    pass"
         (tmp_path / "cells.py").write_text("\n".join([*sources[:place], patch, *sources[place:]]))
         return subprocess.run(
             [sys.executable, "cells.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100,
@@ -88,6 +100,15 @@ def test_notebook_and_script_give_the_same_logits(gpt, definitions, sizes):
     torch.testing.assert_close(theirs(idx), ours(idx), atol=1e-4, rtol=0)
 
 
+def test_the_settings_are_the_specification(definitions):
+    settings = settings_of(nbformat.read(NOTEBOOK, as_version=4), cuda=True)
+    names = "batch_size block_size iterations n_embd n_head n_layer dropout attention_dropout"
+    assert [settings[name] for name in names.split()] == [64, 256, 5000, 384, 6, 6, 0.2, 0.2]
+    sizes = [settings[name] for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")]
+    model = definitions["GPT"](definitions["Config"](65, *sizes))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 10_788_929
+
+
 # ---------------------------------------------------------------------------------------- the whole
 
 
@@ -117,7 +138,8 @@ def test_every_recipe_and_precision_learns(train, gpt, tmp_path, recipe, precisi
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"validation (\S+)", done.stdout)]
     assert len(losses) == 3 and losses[-1] < losses[0]
-    assert precision in done.stdout
+    assert f"; {precision}; torch" in done.stdout
+    assert re.search(r"the rest takes about 0\.\d\d hours", done.stdout)
     assert gpt.load(tmp_path / "weights.pt")[2]["recipe"] == recipe
 
 
@@ -148,7 +170,7 @@ os.fsync = die_with_half_a_file
 def test_killed_training_goes_on_to_the_same_result(train, tmp_path):
     kept, weights = tmp_path / "kept/ours-1.pt", tmp_path / "weights.pt"
     assert train().returncode == 0
-    at_once, weights_at_once = torch.load(kept), weights.read_bytes()
+    at_once, weights_at_once = torch.load(kept), torch.load(weights)["model"]
     kept.unlink()
     steps = []
     for patch in (
@@ -167,7 +189,34 @@ def test_killed_training_goes_on_to_the_same_result(train, tmp_path):
     assert in_parts["settings"] == at_once["settings"]
     for name in ("step", "parts", "losses", "curve", "best", "random"):
         torch.testing.assert_close(in_parts[name], at_once[name], rtol=0, atol=0)
-    assert weights.read_bytes() == weights_at_once
+    torch.testing.assert_close(torch.load(weights)["model"], weights_at_once, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("recipe, precision", [("plain", "float32"), ("ours", "float16")])
+def test_going_on_restores_every_optimizer_and_the_scaler(train, tmp_path, recipe, precision):
+    choice = dict(recipe=recipe, precision=precision, attention_dropout=0.1)
+    assert train(**choice).returncode == 0
+    kept = tmp_path / f"kept/{recipe}-1.pt"
+    at_once = torch.load(kept)
+    kept.unlink()
+    assert train(KILLED_AT_STEP.format(25), **choice).returncode == -signal.SIGKILL
+    assert train(**choice).returncode == 0
+    for name in ("parts", "losses", "curve"):
+        torch.testing.assert_close(torch.load(kept)[name], at_once[name], rtol=0, atol=0)
+
+
+def test_the_stop_button_and_the_same_cell_again(train):
+    stop = """
+advance_on, batches = advance, iter(range(100))
+def advance(run):
+    if next(batches) == 15:
+        raise KeyboardInterrupt
+    advance_on(run)
+"""
+    done = train(stop, again=True)
+    assert done.returncode == 0, done.stderr
+    assert "stopped: run this cell again" in done.stdout
+    assert "stands at step 10: going on" in done.stdout
 
 
 def test_a_finished_run_and_one_of_other_settings_are_told_apart(train, tmp_path):
@@ -179,10 +228,14 @@ def test_a_finished_run_and_one_of_other_settings_are_told_apart(train, tmp_path
     other = train(dropout=0.3)
     assert other.returncode == 1
     line = other.stderr.splitlines()[-1]
-    assert "started with other settings" in line and "'dropout': 0.1" in line
+    assert "started with other settings (dropout was 0.1, is 0.3): move it away" in line
     assert train(seed=2).returncode == 0  # a run of its own
     assert kept.read_bytes() == content
     assert (tmp_path / "weights.pt").read_bytes() != weights
+    kept.write_bytes(content[:1000])
+    damaged = train()
+    assert damaged.returncode == 1
+    assert "ours-1.pt is not a checkpoint of this notebook" in damaged.stderr.splitlines()[-1]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
