@@ -249,3 +249,60 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
     kept = torch.load(tmp_path / "kept/ours-1.pt")
     assert kept["step"] == 10
     assert all(tensor.isfinite().all() for tensor in kept["best"].values())
+
+
+# ------------------------------------------------------------------------ what the repository holds
+
+
+@pytest.fixture(scope="module")
+def committed():
+    """The notebook as it was last run, and all that its cells printed."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.get("text", "") for output in outputs)
+    return notebook, outputs, printed
+
+
+def test_the_committed_notebook_is_one_complete_run(committed):
+    notebook, outputs, printed = committed
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    assert {output.output_type for output in outputs} == {
+        "stream",
+        "display_data",
+        "execute_result",
+    }
+    assert {output.name for output in outputs if output.output_type == "stream"} == {"stdout"}
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert "10,788,929 parameters" in printed
+    assert not re.search(r"/(home|root|tmp|work|mnt|usr|opt|Users)/", nbformat.writes(notebook))
+
+
+def test_the_shipped_weights_are_those_of_the_committed_notebook(gpt, committed):
+    _, outputs, printed = committed
+    model, _, training = gpt.load(gpt.WEIGHTS)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 10_788_929
+    shown = [
+        output.data["text/plain"] for output in outputs if output.output_type == "execute_result"
+    ]
+    assert [ast.literal_eval(text) for text in shown] == [training]
+    losses = f"{training['train_loss']:.4f} +{training['val_loss']:.4f}"
+    assert re.search(f"best, stored +{training['step']} +{losses}", printed)
+    assert training["hardware"] in printed
+
+
+def test_the_shipped_weights_have_the_same_logits_in_the_notebook(gpt, definitions):
+    ours = gpt.load(gpt.WEIGHTS)[0]
+    theirs = definitions["GPT"](definitions["Config"](**vars(ours.config))).eval()
+    theirs.load_state_dict(ours.state_dict())
+    idx = torch.randint(65, (2, 256))
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs(idx), ours(idx), atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not SCRIPT.with_name("input.txt").exists(), reason="needs Tiny Shakespeare")
+def test_the_shipped_weights_have_the_loss_that_they_claim(gpt):
+    model, vocab, training = gpt.load(gpt.WEIGHTS)
+    _, val_text = gpt.split(gpt.read_text(gpt.TEXT), model.config.block_size)
+    loss = gpt.exact_loss(model, gpt.encode(val_text, vocab), model.config.block_size)
+    assert loss == pytest.approx(training["val_loss"], abs=1e-4)
