@@ -20,15 +20,28 @@ TINY = dict(block_size=16, n_layer=2, n_head=2, n_embd=32, batch_size=4, iterati
 TINY |= dict(eval_interval=10, dropout=0.1, precision="bfloat16")
 
 
+def read_notebook():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
 def code_of(notebook):
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def outputs_of(notebook):
+    """All outputs in order, and the text that was printed among them."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return outputs, "".join(output.get("text", "") for output in outputs)
+
+
+def place_of_parameters(notebook):
+    return [cell.metadata.get("tags") for cell in notebook.cells].index(["parameters"])
+
+
 def settings_of(notebook, cuda):
     """What the cell of parameters sets on a machine with or without a GPU."""
-    source = next(c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
     names = {"torch": SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: cuda))}
-    exec(source, names)
+    exec(notebook.cells[place_of_parameters(notebook)].source, names)
     return names
 
 
@@ -41,14 +54,11 @@ def tiny(tmp_path):
     paths = {name: str(tmp_path / path) for name, path in paths.items()}
 
     def build(**others):
-        notebook = nbformat.read(NOTEBOOK, as_version=4)
-        tags = [cell.metadata.get("tags", []) for cell in notebook.cells]
-        place = tags.index(["parameters"])
-        known = settings_of(notebook, cuda=False)
+        notebook = read_notebook()
         given = TINY | paths | others
-        assert given.keys() <= known.keys()
-        source = "\n".join(f"{name} = {value!r}" for name, value in given.items())
-        notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source))
+        assert given.keys() <= settings_of(notebook, cuda=False).keys()
+        cell = nbformat.v4.new_code_cell("\n".join(f"{k} = {v!r}" for k, v in given.items()))
+        notebook.cells.insert(place_of_parameters(notebook) + 1, cell)
         return notebook
 
     return build
@@ -79,7 +89,7 @@ def train(tiny, tmp_path):
 def definitions():
     """The names that the notebook's imports, classes and functions define, and nothing run."""
     kinds = ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef
-    body = [node for source in code_of(nbformat.read(NOTEBOOK, as_version=4))
+    body = [node for source in code_of(read_notebook())
             for node in ast.parse(source).body if isinstance(node, kinds)]  # fmt: skip
     names = {"__name__": "notebook"}
     sys.modules["notebook"] = type(sys)("notebook")  # where @dataclass looks
@@ -101,7 +111,7 @@ def test_notebook_and_script_give_the_same_logits(gpt, definitions, sizes):
 
 
 def test_the_settings_are_the_specification(definitions):
-    settings = settings_of(nbformat.read(NOTEBOOK, as_version=4), cuda=True)
+    settings = settings_of(read_notebook(), cuda=True)
     names = "batch_size block_size iterations n_embd n_head n_layer dropout attention_dropout"
     assert [settings[name] for name in names.split()] == [64, 256, 5000, 384, 6, 6, 0.2, 0.2]
     sizes = [settings[name] for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")]
@@ -116,10 +126,9 @@ def test_the_notebook_runs_and_the_script_loads_what_it_saves(gpt, tiny, tmp_pat
     notebook = tiny()
     notebook.cells.insert(0, nbformat.v4.new_code_cell("import socket\nsocket.getaddrinfo = None"))
     NotebookClient(notebook, timeout=100).execute()
-    printed = "".join(output.get("text", "") for cell in notebook.cells if cell.cell_type == "code"
-                      for output in cell.outputs)  # fmt: skip
+    _, printed = outputs_of(notebook)
     weights = tmp_path / "weights.pt"
-    _, vocab, training = gpt.load(weights)
+    _, _, training = gpt.load(weights)
     assert training["interim"] and training["recipe"] == "ours" and training["step"] in (10, 20, 30)
     losses = [f"{training[key]:.4f}" for key in ("train_loss", "val_loss")]
     assert re.search(f"best, stored +{training['step']} +{losses[0]} +{losses[1]}", printed)
@@ -257,10 +266,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
 @pytest.fixture(scope="module")
 def committed():
     """The notebook as it was last run, and all that its cells printed."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    printed = "".join(output.get("text", "") for output in outputs)
-    return notebook, outputs, printed
+    notebook = read_notebook()
+    return notebook, *outputs_of(notebook)
 
 
 def test_the_committed_notebook_is_one_complete_run(committed):
