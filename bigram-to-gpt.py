@@ -13,18 +13,12 @@ Losses are in nats per character. Shapes stand at the ends of lines: B sequences
 channels (n_embd) for each, V characters in the vocabulary, S positions that attention can look at.
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while the libraries load; main() takes over from here
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 import argparse
 import hashlib
 import io
 import math
+import os
 import sys
-import tempfile
 import time
 import warnings
 import zipfile
@@ -33,10 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from http.client import HTTPException
-from itertools import takewhile
 from pathlib import Path
-from pickle import UnpicklingError
-from threading import Event
 from urllib.request import urlopen
 
 import numpy as np
@@ -63,10 +54,7 @@ def require(condition, message):
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes that fix the shapes of a model; UserError if they make no sense.
-
-    The defaults make the CPU model.
-    """
+    """The sizes that fix the shapes of a model, by default the CPU model's; UserError if absurd."""
 
     vocab_size: int
     block_size: int = 8  # the context window, in characters
@@ -81,21 +69,17 @@ class Config:
         require(numbers, "sizes that are not numbers")
         sane = all(1 <= size <= 1 << 16 for size in sizes) and 0 <= self.dropout < 1
         sane = sane and self.n_layer <= 1000 and self.block_size <= 1 << 12  # attention squares it
-        require(sane, f"sizes that make no sense: {self}")
-        require(self.n_embd % self.n_head == 0, f"heads that do not divide the width: {self}")
+        require(sane and self.n_embd % self.n_head == 0, f"sizes that make no sense: {self}")
 
 
 # ---------------------------------------------------------------------------- text and vocabulary
 
 
-@contextmanager
-def replacing(path):
-    """Open a file for writing that takes the place of `path` when it is complete, or never."""
+def write(path, content):
+    """Put bytes in the place of a file, all of them or none."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(beside, "wb") as file:
-            yield file
-            os.fsync(file.fileno())
+        beside.write_bytes(content)
         os.replace(beside, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
@@ -113,8 +97,7 @@ def fetch_text(path, url=URL, sha256=SHA256):
         raise UserError(f"cannot fetch {url} ({error}): {remedy}") from None
     right = hashlib.sha256(content).hexdigest() == sha256
     require(right, f"{url} sent {len(content):,} bytes of another digest: {remedy}")
-    with replacing(path) as file:
-        file.write(content)
+    write(path, content)
     print(f"fetched {url} to {path}", file=sys.stderr)
 
 
@@ -125,15 +108,10 @@ def read_text(path):
     content = path.read_bytes()
     if path == TEXT and content and hashlib.sha256(content).hexdigest() != SHA256:
         print(f"{path} is not Tiny Shakespeare; it is used as it is", file=sys.stderr)
-    return from_utf8(content, path)
-
-
-def from_utf8(content, name):
-    """Bytes as text, without byte-order mark, with "\\n" for "\\r\\n"; UserError if not UTF-8."""
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 (see byte {error.start}): convert it first") from None
+        raise UserError(f"{path} is not UTF-8 (see byte {error.start}): convert it first") from None
 
 
 def encode(text, vocab):
@@ -169,6 +147,22 @@ def counted_bigram(train_data, val_data, vocab_size):
 # ------------------------------------------------------------------------------ parts of the model
 
 
+class Linear(nn.Linear):
+    """A linear layer whose weights may be float16 while all around it is float32.
+
+    One row by itself waits for the weights to come from memory: half the bytes take half the time.
+    For many rows arithmetic counts, which CPUs do faster, and exactly as if all were float32.
+    """
+
+    def forward(self, x):  # (..., in_features)
+        if self.weight.dtype == x.dtype:
+            return super().forward(x)  # (..., out_features)
+        if x.numel() == self.in_features:
+            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
 class KVCache:
     """The keys and values of one attention layer for the characters so far, at most block_size."""
 
@@ -190,8 +184,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):  # (B, T, C)
@@ -202,8 +196,10 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(k, v)  # (B, n_head, S, head_size) each
         S = k.shape[2]
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, n_head, T, S)
-        later = torch.ones(T, S, dtype=torch.bool).triu(S - T + 1)  # (T, S)
-        weights = scores.masked_fill(later, -math.inf).softmax(dim=-1)  # (B, n_head, T, S)
+        if T > 1:  # the newest position by itself has none after it
+            later = torch.ones(T, S, dtype=torch.bool).triu(S - T + 1)  # (T, S)
+            scores = scores.masked_fill(later, -math.inf)
+        weights = scores.softmax(dim=-1)  # (B, n_head, T, S)
         out = self.dropout(weights) @ v  # (B, n_head, T, head_size)
         return self.dropout(self.proj(out.transpose(1, 2).reshape(B, T, C)))  # (B, T, C)
 
@@ -213,12 +209,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.up = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.down = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.up = Linear(config.n_embd, 4 * config.n_embd)
+        self.down = Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):  # (B, T, C)
-        return self.dropout(self.down(F.relu(self.up(x))))
+        return self.dropout(self.down(F.relu(self.up(x), inplace=True)))
 
 
 class Block(nn.Module):
@@ -244,7 +240,7 @@ class Model(nn.Module):
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(part(config) for part in parts)
         self.ln_f = final_norm(config.n_embd)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
+        self.lm_head = Linear(config.n_embd, config.vocab_size)
 
     def forward(self, idx, caches=None):  # (B, T)
         start = caches[0].length if caches else 0
@@ -311,15 +307,15 @@ def exact_loss(model, data, block_size, track=iter):
     return total / len(x)
 
 
-def batches(data, block_size, batch_size, steps, seed):
-    """Yield inputs and targets, (B, T) each: `data` cut into windows, which come in random order.
+def batches(data, block_size, batch_size, seed):
+    """Yield inputs and targets, (B, T) each, for ever: `data` cut into windows, in random order.
 
     No window comes again before all have come.
     """
     windows = data.unfold(0, block_size + 1, block_size)  # (N, T + 1), overlapping by a character
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
+    while True:
         while len(order) < batch_size:
             order = torch.cat((order, torch.randperm(len(windows), generator=generator)))
         rows, order = order[:batch_size], order[batch_size:]  # (B,) and what is left
@@ -349,7 +345,8 @@ def train(model, data, val_data, block_size, steps, seed, track=iter, batch_size
     mean, square = torch.zeros_like(flat), torch.zeros_like(flat)  # over the last 100 steps or so
     eval_steps = {math.ceil(steps * part) for part in (1 / 30, 1 / 10, 1 / 3, 2 / 3, 1)}
     curve, best_loss, best = [], math.inf, flat.clone()
-    for step, (x, y) in enumerate(track(batches(data, block_size, batch_size, steps, seed)), 1):
+    all_batches = batches(data, block_size, batch_size, seed)
+    for step, (x, y) in zip(track(range(1, steps + 1)), all_batches):
         logits = model(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
         grad.zero_()
@@ -376,67 +373,57 @@ def save(path, model, vocab, training):
     # After training all parameters lie in one vector: without clone() each would bring all of it.
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     parts = {"config": asdict(model.config), "vocab": vocab, "model": weights, "training": training}
-    buffer = io.BytesIO()  # torch.save would hide what a full disk says
+    buffer = io.BytesIO()
     torch.save(parts, buffer)
-    with replacing(path) as file:
-        file.write(buffer.getbuffer())
+    write(path, buffer.getbuffer())
 
 
 def load(path):
-    """The GPT in a checkpoint, in float32 and eval mode, its vocabulary, and how it was trained.
+    """The GPT in a checkpoint, in eval mode, its vocabulary, and how it was trained.
 
-    A UserError tells that a file is missing, damaged, or at odds with itself. No code in it runs.
+    It is float32, but the linear layers of a file that is all float16 stay so. A UserError tells
+    that a file is missing, damaged, or at odds with itself. No code in it runs.
     """
     made = "`python bigram-to-gpt.py` makes one-block.pt; then say --weights one-block.pt"
     require(path.is_file(), f"there is no file of weights {path}: {made}")
     try:
-        require(zipfile.is_zipfile(path), "torch.save did not write it, or it is cut off")
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings(action="ignore"):
             stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
             require(stored and archive.testzip() is None, "it is damaged or compressed")
-        with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return rebuild(checkpoint, path.stat().st_size), checkpoint["vocab"], checkpoint["training"]
+        require(isinstance(checkpoint, dict), "it is not a dict")
+        for name, kind in {"config": dict, "vocab": str, "model": dict, "training": dict}.items():
+            require(isinstance(checkpoint.get(name), kind), f"it has no {name}, a {kind.__name__}")
+        sizes, vocab, weights = (checkpoint[name] for name in ("config", "vocab", "model"))
+        require(sizes.keys() == Config.__annotations__.keys(), "its config has other keys")
+        config = Config(**sizes)
+        in_order = list(vocab) == sorted(set(vocab)) and len(vocab) == config.vocab_size
+        require(in_order, "its vocabulary is not vocab_size characters in order")
+        for name, tensor in weights.items():
+            dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+            dense = dense and tensor.is_floating_point() and tensor.device.type == "cpu"
+            require(dense, f"{name} is not a dense tensor of floats")
+        claimed = sum(tensor.nbytes for tensor in weights.values())
+        require(claimed <= path.stat().st_size, "its tensors claim to be larger than the file")
+        V, T, L, C = config.vocab_size, config.block_size, config.n_layer, config.n_embd
+        enough = (2 * V + T + 12 * L * C) * C <= sum(tensor.numel() for tensor in weights.values())
+        require(enough, "its config asks for more weights than it has")  # before it is built
+        model = gpt(config)
+        model.load_state_dict(weights, assign=True)  # a RuntimeError names what does not fit
     except OSError:
         raise
     except Exception as error:  # a damaged file makes torch.load raise almost anything
-        reason = error if isinstance(error, UserError) else f"{type(error).__name__} while reading"
-        if isinstance(error, UnpicklingError):
-            reason = "it is damaged, or holds more than tensors and plain types"
-        raise UserError(f"{path} is not a valid checkpoint: {reason}; {made}") from None
-
-
-def rebuild(checkpoint, file_size):
-    """The model in a checkpoint, which is checked first, before any of its tensors is touched."""
-    require(isinstance(checkpoint, dict), "it is not a dict")
-    for name, kind in {"config": dict, "vocab": str, "model": dict, "training": dict}.items():
-        require(isinstance(checkpoint.get(name), kind), f"it has no {name}, a {kind.__name__}")
-    sizes, vocab = checkpoint["config"], checkpoint["vocab"]
-    require(sizes.keys() == Config.__annotations__.keys(), "its config has other keys")
-    config = Config(**sizes)
-    in_order = list(vocab) == sorted(set(vocab)) and len(vocab) == config.vocab_size
-    require(in_order, "its vocabulary is not vocab_size characters in order")
-    with torch.device("meta"):  # shapes alone, no memory
-        model = gpt(config)
-    weights = checkpoint["model"]
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    require(weights.keys() == shapes.keys(), "its names are not those of its configuration")
-    for name, tensor in weights.items():
-        require(isinstance(tensor, torch.Tensor), f"{name} is not a tensor")
-        dense = tensor.layout == torch.strided and tensor.is_floating_point()
-        require(dense and tensor.device.type == "cpu", f"{name} is not a dense tensor of floats")
-        require(tensor.shape == shapes[name], f"{name} is not of the shape that it should have")
-    claimed = sum(tensor.nbytes for tensor in weights.values())
-    require(claimed <= file_size, "its tensors claim to be larger than the file")
-    weights = {name: tensor.float() for name, tensor in weights.items()}
-    sane = all((tensor.abs() < 1e4).all() for tensor in weights.values())  # NaN is not
-    require(sane, "some of its numbers are enormous, or none at all")
-    # One row at a time goes fastest through a tall matrix if its columns are contiguous.
-    for name, tensor in weights.items():
-        if tensor.dim() == 2 and tensor.shape[0] > tensor.shape[1]:
-            weights[name] = tensor.mT.contiguous().mT
-    model.load_state_dict(weights, assign=True)
-    return model.eval()
+        told = isinstance(error, UserError) or "state_dict" in str(error)
+        unread = "torch.save did not write it, or it holds more than tensors and plain types"
+        raise UserError(f"{path} is no checkpoint: {error if told else unread}; {made}") from None
+    model.float()
+    sane = all((parameter.abs() < 1e4).all() for parameter in model.parameters())  # NaN is not
+    require(sane, f"{path} holds numbers that are enormous, or none at all; {made}")
+    if all(tensor.dtype == torch.float16 for tensor in weights.values()):
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.half()
+    return model.eval(), vocab, checkpoint["training"]
 
 
 # -------------------------------------------------------------------------------------- generation
@@ -480,73 +467,51 @@ def choose(logits, temperature, top_k, generator):
 # ------------------------------------------------------------------------------------ command line
 
 
-def interrupt(*_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: what ends is left to end
-    raise KeyboardInterrupt
-
-
 def grow(args):
     """Train the five models: print a table, save a picture and the last model, sample it."""
     from tqdm import tqdm
 
-    text, steps, seed, block_size = read_text(args.input), args.steps, args.seed, Config.block_size
+    text, block_size = read_text(args.input), Config.block_size
     vocab = "".join(sorted(set(text)))
     many = f"{args.input} has {len(vocab):,} distinct characters"
     require(len(vocab) <= 10_000, f"{many}: give a text of 10,000 at most")
     data, val_data = (encode(part, vocab) for part in split(text, block_size, args.input))
     # What would keep us from saving had better be found out now than after training.
     args.out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=args.out).close()
+    require(os.access(args.out, os.W_OK), f"{args.out} is read-only: name another --out")
     weights_path, picture_path = args.out / "one-block.pt", args.out / "growth.png"
     for path in (weights_path, picture_path):
-        require(not path.is_dir(), f"{path} is a directory: move it away, or name another --out")
-        mine = path.exists() and path.samefile(args.input)
-        require(not mine, f"{path} is the text itself: name another --out")
-
-    config = Config(vocab_size=len(vocab))
-    counted = counted_bigram(data, val_data, len(vocab))
-    titles = [f"{number} {name}" for number, (name, _, _) in enumerate(RUNGS, start=1)]
-    models = [initialize(build(config), seed) for _, _, build in RUNGS]
-    stopped = Event()
-    until_stopped = partial(takewhile, lambda _: not stopped.is_set())
-
-    def grow_rung(title, model):
-        def track(items):
-            bar = tqdm(items, desc=title, total=steps, leave=False, mininterval=0.5)
-            return until_stopped(bar)
-
-        start = time.perf_counter()
-        curve = train(model, data, val_data, block_size, steps, seed, track)
-        train_loss = exact_loss(model, data, block_size, until_stopped)
-        return curve, train_loss, time.perf_counter() - start
+        taken = path.is_dir() or (path.exists() and path.samefile(args.input))
+        require(not taken, f"{path} is a directory or the text itself: name another --out")
 
     print(f"{args.input.name}: {len(text):,} characters, {len(vocab)} of them distinct;", end=" ")
     print(f"{len(data):,} to train on, {len(val_data):,} to validate on\n")
     row = "{:15} {:33} {:>10} {:>8} {:>11} {:>10} {:>8}".format
     print(row("rung", "adds", "parameters", "train", "validation", "bits/char", "seconds"))
+    counted = counted_bigram(data, val_data, len(vocab))
     losses = map("{:.4f}".format, counted)
     print(row("0 counting", "pairs counted, no training", "", *losses, "", ""))
-    grown = []
-    # Two models at a time, on one core each, finish sooner than one after the other on both cores.
+
+    config, seed = Config(len(vocab)), args.seed
+    titles = [f"{i} {name}" for i, (name, _, _) in enumerate(RUNGS, start=1)]
+    models = [initialize(build(config), seed) for _, _, build in RUNGS]
+
+    def grow_rung(title, model):
+        start, bar = time.perf_counter(), partial(tqdm, desc=title, leave=False, mininterval=0.5)
+        curve = train(model, data, val_data, block_size, args.steps, seed, bar)
+        return curve, exact_loss(model, data, block_size), time.perf_counter() - start
+
+    # Two models at a time, one core each, are done sooner than one after the other on both cores.
     torch.set_num_threads(1)
-    # Raised wherever we are, KeyboardInterrupt would leave tqdm's lock taken: stop between batches.
-    signal.signal(signal.SIGINT, lambda *_: stopped.set())
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        try:
-            results = pool.map(grow_rung, titles, models)
-            finished = zip(titles, RUNGS, models, results)
-            for title, (_, adds, _), model, result in until_stopped(finished):
-                curve, train_loss, seconds = result
-                step, val_loss = min(curve, key=lambda point: point[1])
-                parameters = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
-                losses = map("{:.4f}".format, (train_loss, val_loss, val_loss / math.log(2)))
-                tqdm.write(row(title, adds, parameters, *losses, f"{seconds:.1f}"))
-                grown.append((title, curve, train_loss, val_loss))
-            if stopped.is_set():
-                interrupt()
-        finally:
-            stopped.set()  # the other models need not be finished
-    signal.signal(signal.SIGINT, interrupt)
+    results = ThreadPoolExecutor(max_workers=2).map(grow_rung, titles, models)
+    grown = []
+    for title, (_, adds, _), model, result in zip(titles, RUNGS, models, results):
+        curve, train_loss, seconds = result
+        step, val_loss = min(curve, key=lambda point: point[1])
+        parameters = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+        losses = map("{:.4f}".format, (train_loss, val_loss, val_loss / math.log(2)))
+        tqdm.write(row(title, adds, parameters, *losses, f"{seconds:.1f}"))
+        grown.append((title, curve, train_loss, val_loss))
 
     training = {"step": step, "train_loss": train_loss, "val_loss": val_loss, "seed": seed}
     training |= {"device": "cpu", "torch": str(torch.__version__)}
@@ -559,61 +524,59 @@ def grow(args):
 
 
 def draw(path, grown, counted, name):
-    """Save the picture: validation losses during training, and both losses of the weights kept."""
+    """Save the picture: validation losses during training; the legend has those at the end."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    during, kept = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    axes = figure.subplots()
+    label = f"{counted:.3f}  bigrams counted"
+    axes.axhline(counted, linestyle="--", color="grey", linewidth=1, label=label)
     colours = colormaps["viridis"](np.linspace(0.8, 0.0, len(grown)))
-    above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
     for (title, curve, train_loss, val_loss), colour in zip(grown, colours):
-        during.plot(*zip(*curve), "o-", color=colour, label=title)
-        kept.plot(title, train_loss, "o", color=colour, fillstyle="none")
-        kept.plot(title, val_loss, "o", color=colour)
-        kept.annotate(f"{val_loss:.3f}", (title, val_loss), **above)
-    for axes in (during, kept):
-        label = f"bigrams counted, {counted:.3f}"
-        axes.axhline(counted, linestyle="--", color="grey", linewidth=1, zorder=0, label=label)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.3)
-    during.legend(frameon=False)
-    during.set(xlabel="iteration", ylabel="loss (nats per character)")
-    during.set_title(f"Growing on {name.encode(errors='replace').decode()}", parse_math=False)
-    kept.set(title="At the end: validation filled, train hollow", xmargin=0.15)
-    kept.tick_params(axis="x", rotation=20)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+        label = f"{val_loss:.3f}  {title} (train {train_loss:.3f})"
+        axes.plot(*zip(*curve), "o-", color=colour, label=label)
+    axes.legend(title="loss at the end", frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set(xlabel="iteration", ylabel="validation loss (nats per character)")
+    axes.set_title(f"Growing on {name.encode(errors='replace').decode()}", parse_math=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write(path, buffer.getbuffer())
 
 
 def sample(args):
     """Continue the prompt on stdout: one text as it is drawn, or several, drawn as one batch."""
     model, vocab, _ = load(args.weights)
-    require(sys.stdin or args.prompt != "-", "stdin is closed: give the prompt itself")
-    prompt = from_utf8(sys.stdin.buffer.read(), "the prompt") if args.prompt == "-" else args.prompt
+    if args.precision == "float32" or args.samples > 1:
+        model.float()  # several texts would gain nothing from float16
+    prompt = args.prompt
+    if prompt == "-":
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
+        prompt = sys.stdin.read()
     idx = encode(prompt or vocab[0], vocab).repeat(args.samples, 1)  # (B, T)
     generator = torch.Generator()
     seed = generator.seed() % 2**32 if args.seed is None else args.seed
     generator.manual_seed(seed)
     columns = generate(model, idx, args.tokens, args.temperature, args.top_k, generator)
-    start, count, drawn = time.perf_counter(), 0, []
+    drawn, alone, start = [], args.samples == 1, time.perf_counter()
     try:
-        if args.samples == 1:
+        if alone:
             print(prompt, end="", flush=True)
-        for count, ids in enumerate(columns, start=1):  # (B,)
-            if args.samples == 1:
+        for ids in columns:  # (B,)
+            drawn.append(ids.tolist())
+            if alone:
                 print(vocab[ids[0]], end="", flush=True)
-            else:
-                drawn.append(ids)
     finally:  # after Ctrl-C as well
-        speed = count * args.samples / (time.perf_counter() - start)
-        if drawn:
-            rows = torch.stack(drawn, dim=1)  # (B, tokens)
-            texts = (prompt + decode(row, vocab) for row in rows)
+        speed = len(drawn) * args.samples / (time.perf_counter() - start)
+        if not alone:
+            texts = (prompt + decode(ids, vocab) for ids in zip(*drawn))
             print(f"\n{'-' * 40}\n".join(texts), end="", flush=True)
     if sys.stdout.isatty():
         print()
-    print(f"{speed:,.0f} characters per second, seed {seed}", file=sys.stderr)
+    precision = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    print(f"{speed:,.0f} characters per second in {precision}, seed {seed}", file=sys.stderr)
 
 
 def evaluate(args):
@@ -630,24 +593,6 @@ def evaluate(args):
         loss, claim = exact_loss(model, data, block_size, bar), training.get(key)
         claim = f"{claim:.4f}" if isinstance(claim, float) else "nothing"
         print(f"{title:24} {loss:10.4f} {claim:>12}")
-
-
-class Notices:
-    """A stream on which what cannot be written is dropped: losing a notice is no reason to stop."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        with suppress(OSError):
-            self.stream.write(text)
-
-    def flush(self):
-        with suppress(OSError):
-            self.stream.flush()
 
 
 class Parser(argparse.ArgumentParser):
@@ -700,6 +645,8 @@ def parse(argv):
     option("--top-k", metavar="N", type=natural, help="draw among the N likeliest only")
     option("--seed", metavar="N", type=seed, help="the same seed draws the same text (random)")
     option("--samples", metavar="N", type=number(int, 1, 256), default=1, help="how many (1)")
+    option("--precision", choices=("stored", "float32"), default="stored",
+           help="of the linear layers: as in the file (stored), or float32")  # fmt: skip
 
     option = action(evaluate, "print a checkpoint's exact train and validation loss on a text")
     option("--weights", **file, default=WEIGHTS, help=f"the checkpoint ({WEIGHTS.name})")
@@ -709,26 +656,23 @@ def parse(argv):
 
 def main(argv):
     """Run one action and return the exit status."""
-    signal.signal(signal.SIGINT, interrupt)
-    streams = sys.stdout, sys.stderr  # None where they are closed
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in streams)
-    sys.stderr = Notices(sys.stderr)
     # A terminal that lacks a character shows "?"; whoever reads us gets each line when it is done.
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         args = parse(argv)
         args.run(args)
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        os._exit(130)  # threads that still train are not waited for
     except BrokenPipeError:  # whoever reads us, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        return 130
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
             file, reason = error.filename or "stdout", error.strerror or error
             error = f"cannot use {file}: {reason}; name another"
-        print("error:", str(error).replace("\n", " "), file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         return 2
     return 0
 
