@@ -20,7 +20,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from runpy import run_path
 from tempfile import TemporaryDirectory
@@ -197,12 +197,14 @@ def timed(work):
     return time.perf_counter() - start
 
 
+@cache
 def memory_rate():
     """Bytes per second that can be read from a block far larger than any cache."""
     block = torch.ones(1 << 27)
     return block.nbytes / min(timed(block.sum) for _ in range(10))
 
 
+@cache
 def matrix_rate(dtype=torch.float32, device="cpu"):
     """Multiplications and additions per second in products of large square matrices."""
 
@@ -321,7 +323,7 @@ def run_notebook(**settings):
 def iteration_row(gpt, args):
     """The large model on whatever device there is, by the notebook's own cells."""
     settings = {"batch_size": 2} if args.quick else {}
-    notebook = run_notebook(text_path=str(args.input), **settings)
+    notebook = run_notebook(text_path=str(args.input), prompt="", **settings)
     run, model = notebook.Run(), TextbookGPT(notebook.config).to(notebook.device).train()
     for module in model.modules():
         if isinstance(module, Head):
@@ -361,6 +363,22 @@ def loss_row(gpt, args):
 # -------------------------------------------------------------------------------------- the table
 
 
+def profile(gpt, steps):
+    """Where one iteration of the last rung spends its time, in a sentence."""
+    model, ids = gpt.initialize(gpt.gpt(gpt.Config(65)), seed=1), torch.randint(65, (10_000,))
+    work = partial(gpt.train, model, ids, ids[:9], model.config.block_size, steps, seed=1)
+    milliseconds = 1000 * timed(work) / steps
+    with torch.profiler.profile() as profiled:
+        work()
+    spent = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
+    products = sum(spent[name] for name in ("aten::mm", "aten::addmm", "aten::bmm"))
+    share = products / sum(spent.values())
+    work = 3 * 32 * model.config.block_size * multiply_adds(model)
+    yield f"One iteration of the last rung takes {milliseconds:.2f} ms"
+    yield f"its {work / 1e6:.0f} MFLOP need {1000 * work / matrix_rate():.2f} ms at that rate"
+    yield f"torch.profiler sees {share:.0%} of the time in matrix products, the rest in small work"
+
+
 def hardware():
     cpuinfo = Path("/proc/cpuinfo")
     named = cpuinfo.exists() and re.search("model name\\s*: (.*)", cpuinfo.read_text())
@@ -380,7 +398,7 @@ def line(row, times):
 
     ours, textbook = times[row.ours], [row.factor * seconds for seconds in times[row.textbook]]
     ratios = [theirs / mine for theirs, mine in zip(textbook, ours)]
-    limit = "" if row.limit is None else f"{row.limit:.2f} s"
+    limit = "none" if row.limit is None else f"{row.limit:.2f} s"
     cells = row.title, spread(textbook, " s"), spread(ours, " s"), spread(ratios, ""), limit
     return f"| {' | '.join(cells)} |"
 
@@ -405,6 +423,7 @@ def main(argv):
     print("| work | textbook | ours | textbook / ours | limit |\n|---|--:|--:|--:|--:|")
     for row in rows:
         print(line(row, times))
+    print(f"\n{'; '.join(profile(gpt, steps=20 if args.quick else 100))}.")
 
 
 if __name__ == "__main__":

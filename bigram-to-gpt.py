@@ -148,10 +148,10 @@ def counted_bigram(train_data, val_data, vocab_size):
 
 
 class Linear(nn.Linear):
-    """A linear layer whose weights may be float16 while all around it is float32.
+    """A linear layer whose weights may be stored in float16 while all around it is float32.
 
-    One row by itself waits for the weights to come from memory: half the bytes take half the time.
-    For many rows arithmetic counts, which CPUs do faster, and exactly as if all were float32.
+    A single row waits for the weights to come from memory: in float16 they come in half the time.
+    Many rows wait for the arithmetic, which CPUs do faster, and more exactly, in float32.
     """
 
     def forward(self, x):  # (..., in_features)
@@ -501,9 +501,9 @@ def grow(args):
         curve = train(model, data, val_data, block_size, args.steps, seed, bar)
         return curve, exact_loss(model, data, block_size), time.perf_counter() - start
 
-    # Two models at a time, one core each, are done sooner than one after the other on both cores.
+    # A core for each model gets all done sooner than all cores for one model after the other.
     torch.set_num_threads(1)
-    results = ThreadPoolExecutor(max_workers=2).map(grow_rung, titles, models)
+    results = ThreadPoolExecutor(os.cpu_count()).map(grow_rung, titles, models)
     grown = []
     for title, (_, adds, _), model, result in zip(titles, RUNGS, models, results):
         curve, train_loss, seconds = result
@@ -584,7 +584,7 @@ def evaluate(args):
     from tqdm import tqdm
 
     model, vocab, training = load(args.weights)
-    block_size = model.config.block_size
+    model, block_size = model.float(), model.config.block_size
     parts = split(read_text(args.input), block_size, args.input)
     splits = [encode(part, vocab) for part in parts]
     print(f"{'loss on ' + args.input.name:24} {'measured':>10} {'in the file':>12}")
@@ -663,10 +663,8 @@ def main(argv):
         args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.stdout.flush()
-        os._exit(130)  # threads that still train are not waited for
+        return 130
     except BrokenPipeError:  # whoever reads us, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (UserError, OSError) as error:
         if isinstance(error, OSError):
@@ -678,4 +676,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    os._exit(main(sys.argv[1:]))  # at once: it waits for no model that is still being trained

@@ -146,6 +146,41 @@ def test_checkpoint_round_trip(gpt, tiny, tmp_path):
     assert torch.equal(model(idx), tiny.eval()(idx))
 
 
+def float16_product(self, x):
+    """What a linear layer gives for one row in float16, for many: numbers rounded, sums not."""
+    weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
+    return F.linear(x.half().float(), weight, bias).half().float()
+
+
+def test_float16_weights_of_linear_layers_stay_so_and_round_single_rows_alone(gpt, tiny, tmp_path):
+    weights = {name: tensor.half() for name, tensor in tiny.state_dict().items()}
+    parts = {"config": vars(tiny.config), "vocab": "".join(map(chr, range(100, 120)))}
+    torch.save(parts | {"model": weights, "training": {}}, tmp_path / "half.pt")
+    model, exact = (gpt.load(tmp_path / "half.pt")[0] for _ in range(2))
+    kinds = {parameter.dtype for module in model.modules() if isinstance(module, gpt.Linear)
+             for parameter in module.parameters()}  # fmt: skip
+    others = (model.token_embedding, model.position_embedding, model.ln_f, model.blocks[0].ln1)
+    assert kinds == {torch.float16} and {part.weight.dtype for part in others} == {torch.float32}
+    exact.float()
+    idx = torch.randint(20, (2, 16))
+    assert torch.equal(model(idx), exact(idx))
+    assert not torch.equal(model(idx[:1, :1]), exact(idx[:1, :1]))
+    for module in (model.blocks[0].attention.qkv, model.blocks[1].feed_forward.down):
+        row = torch.randn(1, 1, module.in_features)
+        torch.testing.assert_close(module(row), float16_product(module, row), rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not (SCRIPT.parent / "input.txt").exists(), reason="the text is not there")
+def test_float16_costs_less_than_0_002(gpt, monkeypatch, all_cores):
+    """Whole windows at once, in each layer as if every position came by itself."""
+    model, vocab, training = gpt.load(gpt.WEIGHTS)
+    assert model.lm_head.weight.dtype == torch.float16
+    _, val_text = gpt.split(gpt.read_text(gpt.TEXT), model.config.block_size)
+    monkeypatch.setattr(gpt.Linear, "forward", float16_product)
+    loss = gpt.exact_loss(model, gpt.encode(val_text, vocab), model.config.block_size)
+    assert loss != training["val_loss"] and abs(loss - training["val_loss"]) < 0.002
+
+
 def test_a_save_that_fails_loses_nothing(gpt, tiny, tmp_path):
     path = tmp_path / "tiny.pt"
     path.write_bytes(b"earlier")

@@ -308,7 +308,7 @@ def test_the_shipped_weights_have_the_same_logits_in_the_notebook(gpt, definitio
 
 
 @pytest.mark.skipif(not SCRIPT.with_name("input.txt").exists(), reason="needs Tiny Shakespeare")
-def test_the_shipped_weights_have_the_loss_that_they_claim(gpt):
+def test_the_shipped_weights_have_the_loss_that_they_claim(gpt, all_cores):
     model, vocab, training = gpt.load(gpt.WEIGHTS)
     _, val_text = gpt.split(gpt.read_text(gpt.TEXT), model.config.block_size)
     loss = gpt.exact_loss(model, gpt.encode(val_text, vocab), model.config.block_size)
