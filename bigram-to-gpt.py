@@ -413,9 +413,10 @@ def load(path):
     except OSError:
         raise
     except Exception as error:  # a damaged file makes torch.load raise almost anything
-        told = isinstance(error, UserError) or "state_dict" in str(error)
-        unread = "torch.save did not write it, or it holds more than tensors and plain types"
-        raise UserError(f"{path} is no checkpoint: {error if told else unread}; {made}") from None
+        reason = "torch.save did not write it, or it holds more than tensors and plain types"
+        if isinstance(error, UserError) or "state_dict" in str(error):
+            reason = str(error)[:300]
+        raise UserError(f"{path} is no checkpoint: {reason}; {made}") from None
     model.float()
     sane = all((parameter.abs() < 1e4).all() for parameter in model.parameters())  # NaN is not
     require(sane, f"{path} holds numbers that are enormous, or none at all; {made}")
