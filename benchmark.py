@@ -1,10 +1,13 @@
 """How fast this project is beside the textbook way: `python benchmark.py` prints one table.
 
-The textbook way is the lecture's, spelled out below: a module for each head, a table for the mask,
-batches stacked from slices, losses estimated on 200 random batches, and for each new character the
-whole window once more (in eval mode and without gradients, as ours). Both do the same work in turn,
-a few times. The limit is the time that this machine would need if it did nothing but read the
-weights from memory, or multiply and add, at the rates measured here. It takes about eight minutes.
+The textbook way is that of the lecture's gpt.py, spelled out below: a module for each head, a table
+for the mask, batches stacked from slices, losses estimated on 200 random batches every 500
+iterations, and for each new character the whole window once more (in eval mode and without
+gradients, as ours). Textbook and ours take turns, a few times; the table has the medians.
+
+The limit is the time that a machine would need if it did nothing but read the weights of the linear
+layers from memory, or multiply and add in them, at the rates measured here (caches that hold all
+weights can beat the first). It takes about seven minutes on two cores.
 """
 
 import io
@@ -20,11 +23,10 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from runpy import run_path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 
 import torch
 from torch import nn
@@ -57,27 +59,39 @@ class Head(nn.Module):
         return self.dropout(F.softmax(scores, dim=-1)) @ v  # (B, T, head_size)
 
 
-class Block(nn.Module):
-    """Several heads side by side, then a feed-forward network."""
+class MultiHeadAttention(nn.Module):
+    """Several heads side by side."""
 
     def __init__(self, config):
         super().__init__()
-        width = config.n_embd
         self.heads = nn.ModuleList(Head(config) for _ in range(config.n_head))
-        self.proj, self.dropout = nn.Linear(width, width), nn.Dropout(config.dropout)
-        self.net = nn.Sequential(
-            nn.Linear(width, 4 * width),
-            nn.ReLU(),
-            nn.Linear(4 * width, width),
-            nn.Dropout(config.dropout),
-        )
-        self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):  # (B, T, C)
-        normed = self.ln1(x)
-        heads = torch.cat([head(normed) for head in self.heads], dim=-1)  # (B, T, C)
-        x = x + self.dropout(self.proj(heads))
-        return x + self.net(self.ln2(x))
+        return self.dropout(self.proj(torch.cat([head(x) for head in self.heads], dim=-1)))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):  # (B, T, C)
+        return self.dropout(self.down(F.relu(self.up(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln1, self.attention = nn.LayerNorm(config.n_embd), MultiHeadAttention(config)
+        self.ln2, self.feed_forward = nn.LayerNorm(config.n_embd), FeedForward(config)
+
+    def forward(self, x):  # (B, T, C)
+        x = x + self.attention(self.ln1(x))
+        return x + self.feed_forward(self.ln2(x))
 
 
 class TextbookGPT(nn.Module):
@@ -99,7 +113,7 @@ class TextbookGPT(nn.Module):
         if targets is None:
             return logits, None
         B, T, V = logits.shape
-        return logits, F.cross_entropy(logits.view(B * T, V), targets.reshape(B * T))
+        return logits, F.cross_entropy(logits.view(B * T, V), targets.view(B * T))
 
 
 def textbook_batch(data, block_size, batch_size, device="cpu"):
@@ -112,13 +126,15 @@ def textbook_batch(data, block_size, batch_size, device="cpu"):
 @torch.no_grad()
 def textbook_estimate(model, splits, batch_size, eval_iters):
     """The mean loss over random batches of each split."""
+    means = []
     model.eval()
     for data in splits:
         losses = torch.zeros(eval_iters)
         for k in range(eval_iters):
             losses[k] = model(*textbook_batch(data, model.block_size, batch_size))[1].item()
-        yield losses.mean()
+        means.append(losses.mean().item())
     model.train()
+    return means
 
 
 def textbook_step(model, optimizer, data, batch_size, device="cpu"):
@@ -135,19 +151,20 @@ def textbook_growth(config, data, val_data, steps, eval_iters, batch_size=32):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(steps):
         if step % 500 == 0 or step == steps - 1:
-            losses = list(textbook_estimate(model, (data, val_data), batch_size, eval_iters))
+            losses = textbook_estimate(model, (data, val_data), batch_size, eval_iters)
         textbook_step(model, optimizer, data, batch_size)
     return losses
 
 
 @torch.no_grad()
-def textbook_generate(model, idx, count, choose=partial(torch.multinomial, num_samples=1)):
+def textbook_generate(model, idx, count):
     """Continue `idx`, (B, T), by `count` characters."""
     model.eval()
     for _ in range(count):
         logits, _ = model(idx[:, -model.block_size :])  # (B, T, V)
         probabilities = F.softmax(logits[:, -1], dim=-1)  # (B, V)
-        idx = torch.cat((idx, choose(probabilities)), dim=1)  # (B, T + 1)
+        drawn = torch.multinomial(probabilities, num_samples=1)  # (B, 1)
+        idx = torch.cat((idx, drawn), dim=1)  # (B, T + 1)
     return idx
 
 
@@ -168,22 +185,15 @@ def textbook_loss(model, data, batch_size=64):
 
 def as_textbook(model):
     """A TextbookGPT with the weights of the script's model, which has all heads in one matrix."""
-    textbook, weights = TextbookGPT(model.config), {}
-    for name, tensor in model.state_dict().items():
-        layer, _, part = name.rpartition(".")
-        if name.endswith("attention.qkv.weight"):
-            block = name.removesuffix("attention.qkv.weight")
-            heads = tensor.view(3, model.config.n_head, -1, model.config.n_embd)
-            for kind, matrices in zip(("query", "key", "value"), heads):
-                for i, matrix in enumerate(matrices):  # (head_size, C)
-                    weights[f"{block}heads.{i}.{kind}.weight"] = matrix
-        else:
-            for ours, theirs in (("attention.", ""), ("feed_forward.up", "net.0"),
-                                 ("feed_forward.down", "net.2")):  # fmt: skip
-                layer = layer.replace(ours, theirs)
-            weights[f"{layer}.{part}"] = tensor
-    weights |= {name: mask for name, mask in textbook.named_buffers()}
-    textbook.load_state_dict(weights)
+    config, weights = model.config, model.state_dict()
+    for i in range(config.n_layer):
+        qkv = weights.pop(f"blocks.{i}.attention.qkv.weight")  # (3 * C, C)
+        heads = qkv.view(3, config.n_head, -1, config.n_embd)  # (3, n_head, head_size, C)
+        for kind, matrices in zip(("query", "key", "value"), heads):
+            for j, matrix in enumerate(matrices):  # (head_size, C)
+                weights[f"blocks.{i}.attention.heads.{j}.{kind}.weight"] = matrix
+    textbook = TextbookGPT(config)
+    textbook.load_state_dict(weights | dict(textbook.named_buffers()))
     return textbook.eval()
 
 
@@ -197,24 +207,23 @@ def timed(work):
     return time.perf_counter() - start
 
 
-@cache
 def memory_rate():
-    """Bytes per second that can be read from a block far larger than any cache."""
+    """Bytes per second that can be read from a block far larger than most caches."""
     block = torch.ones(1 << 27)
     return block.nbytes / min(timed(block.sum) for _ in range(10))
 
 
-@cache
 def matrix_rate(dtype=torch.float32, device="cpu"):
     """Multiplications and additions per second in products of large square matrices."""
+    size = 8192 if torch.device(device).type == "cuda" else 2048
 
     def work():
         product = a @ a
         if product.is_cuda:
             torch.cuda.synchronize()
 
-    a = torch.randn(2048, 2048, device=device).to(dtype)
-    return 2 * 2048**3 / min(timed(work) for _ in range(10))
+    a = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / min(timed(work) for _ in range(5))
 
 
 def linear_weights(model):
@@ -232,199 +241,236 @@ def multiply_adds(model):
 
 @dataclass
 class Row:
+    """Two functions that do a piece of work, and the bytes or operations that bound it."""
+
     title: str
     textbook: Callable
     ours: Callable
-    limit: float | None = None  # seconds
+    amount: float = 0
+    rate: Callable | None = None  # measures how much of the amount is possible in a second
     factor: float = 1  # the textbook does 1 / factor of the work
 
 
-def growth_rows(gpt, args):
+def growth_rows(script, args):
     """The last rung by itself; all five with their table, picture and sample."""
     steps, eval_iters = (20, 2) if args.quick else (3000, 200)
-    text = gpt.read_text(args.input)
+    text = script.read_text(args.input)
     vocab = "".join(sorted(set(text)))
-    config = gpt.Config(len(vocab))
-    data, val_data = (gpt.encode(part, vocab) for part in gpt.split(text, config.block_size))
+    config = script.Config(len(vocab))
+    data, val_data = (script.encode(part, vocab) for part in script.split(text, config.block_size))
 
-    def textbook():
+    def textbook():  # timed once a round, for both rows
         textbook_growth(config, data, val_data, steps, eval_iters)
 
     def last_rung():
-        model = gpt.initialize(gpt.gpt(config), seed=1)
-        gpt.train(model, data, val_data, config.block_size, steps, seed=1)
-        gpt.exact_loss(model, data, config.block_size)
+        model = script.initialize(script.gpt(config), seed=1)
+        script.train(model, data, val_data, config.block_size, steps, seed=1)
+        script.exact_loss(model, data, config.block_size)
 
     def all_rungs():
         threads, output = torch.get_num_threads(), io.StringIO()
         with redirect_stdout(output), redirect_stderr(output), TemporaryDirectory() as folder:
-            gpt.grow(Namespace(input=args.input, steps=steps, seed=1, out=Path(folder)))
+            script.grow(Namespace(input=args.input, steps=steps, seed=1, out=Path(folder)))
         torch.set_num_threads(threads)  # it takes one for each model
 
     passes = 3 * steps * 32 * config.block_size + 5 * len(val_data) + len(data)
-    work = [passes * multiply_adds(build(config)) for _, _, build in gpt.RUNGS]
-    limit, title = work[-1] / matrix_rate(), f"last rung: {steps} iterations and its evaluations"
-    yield Row(title, textbook, last_rung, limit)
-    limit, title = sum(work) / matrix_rate(), "all five rungs, beside the textbook's last"
-    yield Row(title, textbook, all_rungs, limit)
+    flop = [passes * multiply_adds(build(config)) for _, _, build in script.RUNGS]
+    title = f"growing the last rung: {steps} iterations and its evaluations"
+    yield Row(title, textbook, last_rung, flop[-1], matrix_rate)
+    yield Row(
+        "growing all five, beside the last alone", textbook, all_rungs, sum(flop), matrix_rate
+    )
 
 
-def sampling_rows(gpt, args):
-    """One text with the weights as they are stored; several as one batch, in float32."""
+def sampling_rows(script, args):
+    """One text in the precision of the file; several as one batch in float32."""
     tokens, samples, few = (12, 2, 1) if args.quick else (500, 64, 3)
-    (stored, *_), (model, *_) = gpt.load(args.weights), gpt.load(args.weights)
+    stored, _, _ = script.load(args.weights)
+    model, _, _ = script.load(args.weights)
     model.float()
     textbook, start = as_textbook(model), torch.zeros(1, 1, dtype=torch.long)
-    limit = tokens * sum(weight.nbytes for weight in linear_weights(stored)) / memory_rate()
+    precision = str(stored.lm_head.weight.dtype).removeprefix("torch.")
     yield Row(
-        f"sampling {tokens} characters",
+        f"sampling {tokens} characters; ours in {precision}",
         lambda: textbook_generate(textbook, start, tokens),
-        lambda: list(gpt.generate(stored, start, tokens)),
-        limit,
+        lambda: list(script.generate(stored, start, tokens)),
+        tokens * sum(weight.nbytes for weight in linear_weights(stored)),
+        memory_rate,
     )
     # The textbook would take a quarter of an hour. It draws a few characters, from windows as long
     # as they are on average when all are drawn.
     windows = [min(length, model.config.block_size) for length in range(1, tokens + 1)]
     prompt = torch.zeros(samples, sum(windows) // tokens, dtype=torch.long)
     yield Row(
-        f"sampling {samples} times {tokens} characters at once; textbook: {few}, scaled",
+        f"sampling {samples} times {tokens} at once, float32; textbook: {few}, scaled",
         lambda: textbook_generate(textbook, prompt, few),
-        lambda: list(gpt.generate(model, start.repeat(samples, 1), tokens)),
-        samples * tokens * multiply_adds(model) / matrix_rate(),
+        lambda: list(script.generate(model, start.repeat(samples, 1), tokens)),
+        samples * tokens * multiply_adds(model),
+        matrix_rate,
         tokens / few,
     )
 
 
-def start_row(gpt, args):
-    """Two processes."""
-    reading = ["-c", f"import torch; open({str(args.weights)!r}, 'rb').read()"]
+def start_row(script, args):
+    """Processes: what `sample` takes to its first character, beside what no use of torch avoids."""
+    least = f"import os, torch; open({str(args.weights)!r}, 'rb').read(); os._exit(0)"
     sample = [SCRIPT, "sample", "--tokens", "1", "--weights", args.weights]
 
-    def process(arguments):
+    def process(*arguments):
         subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
 
     title = "`sample --tokens 1`, beside importing torch and reading the weights"
-    return Row(title, partial(process, reading), partial(process, sample))
+    return Row(title, partial(process, "-c", least), partial(process, *sample))
 
 
 def run_notebook(**settings):
     """The names that the notebook's cells define up to its training loop, with other settings."""
-    sys.modules["notebook"] = module = ModuleType("notebook")  # @dataclass looks there
-    names = vars(module)
-    with redirect_stdout(io.StringIO()):
-        for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
-            if cell["cell_type"] == "code" and "train" not in names:
-                exec("".join(cell["source"]), names)
-                if "parameters" in cell["metadata"].get("tags", []):
-                    names.update(settings)
-    return module
+    names = {"__name__": "notebook"}
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code" and "train" not in names:
+            exec("".join(cell["source"]), names)
+            if "parameters" in cell["metadata"].get("tags", []):
+                names.update(settings)
+    return Namespace(**names)
 
 
-def iteration_row(gpt, args):
+def iteration_row(script, args):
     """The large model on whatever device there is, by the notebook's own cells."""
     settings = {"batch_size": 2} if args.quick else {}
-    notebook = run_notebook(text_path=str(args.input), prompt="", **settings)
-    run, model = notebook.Run(), TextbookGPT(notebook.config).to(notebook.device).train()
+    with redirect_stdout(io.StringIO()):
+        notebook = run_notebook(text_path=str(args.input), prompt="", **settings)
+        run = notebook.Run()
+    model = TextbookGPT(notebook.config).to(notebook.device)
     for module in model.modules():
         if isinstance(module, Head):
             module.dropout.p = notebook.attention_dropout
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    data = notebook.train_ids.cpu()
+    data, batch_size, device = notebook.train_ids.cpu(), notebook.batch_size, notebook.device
+    count = 20 if device.type == "cuda" else 1
 
     def textbook():
-        textbook_step(model, optimizer, data, notebook.batch_size, notebook.device)
+        for _ in range(count):
+            textbook_step(model, optimizer, data, batch_size, device)
         notebook.now()  # waits for a GPU
 
     def ours():
-        notebook.advance(run)
+        for _ in range(count):
+            notebook.advance(run)
         notebook.now()
 
-    textbook(), ours()  # the first one takes longer
-    characters = notebook.batch_size * notebook.block_size
-    title = f"one training iteration of the large model, {characters:,} characters, "
-    title += f"{notebook.device.type}; ours in {notebook.precision}"
-    rate = matrix_rate(notebook.dtype, notebook.device)
-    return Row(title, textbook, ours, 3 * characters * multiply_adds(run.model) / rate)
+    textbook()  # the first iteration takes longer
+    ours()
+    how = "eager" if run.forward is run.model else "compiled"
+    title = (
+        f"{count} training iterations of {batch_size} x {notebook.block_size} on {device.type}; "
+    )
+    title += f"textbook: AdamW, float32; ours: {notebook.recipe}, {notebook.precision}, {how}"
+    flop = 3 * count * batch_size * notebook.block_size * multiply_adds(run.model)
+    return Row(title, textbook, ours, flop, partial(matrix_rate, notebook.dtype, device))
 
 
-def loss_row(gpt, args):
-    model, vocab, _ = gpt.load(args.weights)
-    block_size = model.config.block_size
-    ids = gpt.encode(gpt.split(gpt.read_text(args.input), block_size)[1], vocab)
-    textbook = as_textbook(model)
+def loss_row(script, args):
+    """The whole validation split; the textbook takes the lecture's batches of 64."""
+    model, vocab, _ = script.load(args.weights)
+    model, block_size = model.float(), model.config.block_size
+    _, val_text = script.split(script.read_text(args.input), block_size)
+    ids, textbook = script.encode(val_text, vocab), as_textbook(model)
+    if args.quick:
+        ids = ids[:1000]
     return Row(
-        f"loss of the large model on the validation split, {len(ids):,} characters",
+        f"loss of {len(ids):,} characters",
         lambda: textbook_loss(textbook, ids),
-        lambda: gpt.exact_loss(model, ids, block_size),
-        len(ids) * multiply_adds(model) / matrix_rate(),
+        lambda: script.exact_loss(model, ids, block_size),
+        len(ids) * multiply_adds(model),
+        matrix_rate,
     )
 
 
 # -------------------------------------------------------------------------------------- the table
 
 
-def profile(gpt, steps):
+def profile(script, rate, steps):
     """Where one iteration of the last rung spends its time, in a sentence."""
-    model, ids = gpt.initialize(gpt.gpt(gpt.Config(65)), seed=1), torch.randint(65, (10_000,))
-    work = partial(gpt.train, model, ids, ids[:9], model.config.block_size, steps, seed=1)
+    model, ids = script.initialize(script.gpt(script.Config(65)), 1), torch.randint(65, (10_000,))
+    work = partial(script.train, model, ids, ids[:9], model.config.block_size, steps, seed=1)
     milliseconds = 1000 * timed(work) / steps
-    with torch.profiler.profile() as profiled:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
         work()
     spent = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
     products = sum(spent[name] for name in ("aten::mm", "aten::addmm", "aten::bmm"))
-    share = products / sum(spent.values())
-    work = 3 * 32 * model.config.block_size * multiply_adds(model)
-    yield f"One iteration of the last rung takes {milliseconds:.2f} ms"
-    yield f"its {work / 1e6:.0f} MFLOP need {1000 * work / matrix_rate():.2f} ms at that rate"
-    yield f"torch.profiler sees {share:.0%} of the time in matrix products, the rest in small work"
+    flop = 3 * 32 * model.config.block_size * multiply_adds(model)
+    yield f"One iteration of the last rung: {milliseconds:.2f} ms"
+    yield f"its {flop / 1e6:.0f} MFLOP would take {1000 * flop / rate:.2f} ms at the rate above"
+    yield f"torch.profiler sees {products / sum(spent.values()):.0%} of the time in matrix products"
 
 
-def hardware():
+def hardware(rates):
     cpuinfo = Path("/proc/cpuinfo")
     named = cpuinfo.exists() and re.search("model name\\s*: (.*)", cpuinfo.read_text())
     yield named[1] if named else platform.processor() or platform.machine()
-    yield f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    yield f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
     if torch.cuda.is_available():
         yield torch.cuda.get_device_name()
     yield f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
-    yield f"reads {memory_rate() / 1e9:.0f} GB/s, multiplies {matrix_rate() / 1e9:.0f} GFLOP/s"
+    yield f"{rates[memory_rate] / 1e9:.0f} GB/s from memory"
+    yield f"{rates[matrix_rate] / 1e9:.0f} GFLOP/s in float32"
+    others = [rate for rate in rates if rate not in (memory_rate, matrix_rate)]
+    yield from (f"{rates[rate] / 1e9:.0f} GFLOP/s in the training iteration" for rate in others)
 
 
-def line(row, times):
+def digits(value):
+    """Three of them that count, or as many as there are."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
+def line(row, times, rates):
     """A row as Markdown, from the seconds that each function took in each round."""
 
     def spread(values, unit):
-        return f"{statistics.median(values):.2f}{unit} ({min(values):.2f}-{max(values):.2f})"
+        low, middle, high = map(digits, (min(values), statistics.median(values), max(values)))
+        return f"{middle}{unit} ({low}-{high})"
 
     ours, textbook = times[row.ours], [row.factor * seconds for seconds in times[row.textbook]]
     ratios = [theirs / mine for theirs, mine in zip(textbook, ours)]
-    limit = "none" if row.limit is None else f"{row.limit:.2f} s"
+    limit = f"{digits(row.amount / rates[row.rate])} s" if row.rate else "none"
     cells = row.title, spread(textbook, " s"), spread(ours, " s"), spread(ratios, ""), limit
     return f"| {' | '.join(cells)} |"
 
 
-def main(argv):
-    gpt = Namespace(**run_path(str(SCRIPT)))
-    parser = ArgumentParser(description="Our speed beside the textbook's, as one table.")
-    parser.add_argument("--weights", type=Path, default=gpt.WEIGHTS, help="the large checkpoint")
-    parser.add_argument("--input", type=Path, default=gpt.TEXT, help="the text")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each is timed (3)")
-    parser.add_argument("--quick", action="store_true", help="little work, to see that all runs")
-    args = parser.parse_args(argv)
-    rows = [*growth_rows(gpt, args), *sampling_rows(gpt, args)]
-    rows += [row(gpt, args) for row in (start_row, iteration_row, loss_row)]
-    works = dict.fromkeys(work for row in rows for work in (row.textbook, row.ours))
-    times = {work: [] for work in works}
-    for work in tqdm([*works] * args.rounds):
-        times[work].append(timed(work))
+def measure(script, args):
+    """Time all, in turn, and print the table."""
+    rows = [*growth_rows(script, args), *sampling_rows(script, args)]
+    rows += [row(script, args) for row in (start_row, iteration_row, loss_row)]
+    times = {work: [] for row in rows for work in (row.textbook, row.ours)}
+    rates = {row.rate: 0 for row in rows if row.rate}
+    for work in tqdm([*rates, *times] * args.rounds):
+        if work in rates:
+            rates[work] = max(rates[work], work())
+        else:
+            times[work].append(timed(work))
 
-    print("; ".join(hardware()))
-    print(f"Medians of {args.rounds} rounds (smallest-largest).\n")
+    print("; ".join(hardware(rates)))
+    print(f"Rounds: {args.rounds}; medians, and in brackets the smallest and the largest.\n")
     print("| work | textbook | ours | textbook / ours | limit |\n|---|--:|--:|--:|--:|")
     for row in rows:
-        print(line(row, times))
-    print(f"\n{'; '.join(profile(gpt, steps=20 if args.quick else 100))}.")
+        print(line(row, times, rates))
+    print(f"\n{'; '.join(profile(script, rates[matrix_rate], steps=20 if args.quick else 100))}.")
+
+
+def main(argv):
+    script = Namespace(**run_path(str(SCRIPT)))
+    parser = ArgumentParser(description="Our speed beside the textbook's, as one table.")
+    parser.add_argument("--weights", type=Path, default=script.WEIGHTS, help="the large checkpoint")
+    parser.add_argument("--input", type=Path, default=script.TEXT, help="the text")
+    parser.add_argument("--rounds", type=script.number(int, 1), default=3, help="how many (3)")
+    parser.add_argument("--quick", action="store_true", help="little work, to see that all runs")
+    try:
+        measure(script, parser.parse_args(argv))
+    except (script.UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -537,7 +537,7 @@ def draw(path, grown, counted, name):
     for (title, curve, train_loss, val_loss), colour in zip(grown, colours):
         label = f"{val_loss:.3f}  {title} (train {train_loss:.3f})"
         axes.plot(*zip(*curve), "o-", color=colour, label=label)
-    axes.legend(title="loss at the end", frameon=False)
+    axes.legend(title="loss at the end")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.set(xlabel="iteration", ylabel="validation loss (nats per character)")
