@@ -18,6 +18,7 @@ import hashlib
 import io
 import math
 import os
+import signal
 import sys
 import time
 import warnings
@@ -504,6 +505,8 @@ def grow(args):
 
     # A core for each model gets all done sooner than all cores for one model after the other.
     torch.set_num_threads(1)
+    # Ctrl-C ends them at once. A KeyboardInterrupt inside tqdm could leave its lock taken for ever.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     results = ThreadPoolExecutor(os.cpu_count()).map(grow_rung, titles, models)
     grown = []
     for title, (_, adds, _), model, result in zip(titles, RUNGS, models, results):
@@ -513,6 +516,7 @@ def grow(args):
         losses = map("{:.4f}".format, (train_loss, val_loss, val_loss / math.log(2)))
         tqdm.write(row(title, adds, parameters, *losses, f"{seconds:.1f}"))
         grown.append((title, curve, train_loss, val_loss))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     training = {"step": step, "train_loss": train_loss, "val_loss": val_loss, "seed": seed}
     training |= {"device": "cpu", "torch": str(torch.__version__)}
@@ -557,9 +561,8 @@ def sample(args):
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
         prompt = sys.stdin.read()
     idx = encode(prompt or vocab[0], vocab).repeat(args.samples, 1)  # (B, T)
-    generator = torch.Generator()
-    seed = generator.seed() % 2**32 if args.seed is None else args.seed
-    generator.manual_seed(seed)
+    seed = torch.seed() % 2**32 if args.seed is None else args.seed
+    generator = torch.Generator().manual_seed(seed)
     columns = generate(model, idx, args.tokens, args.temperature, args.top_k, generator)
     drawn, alone, start = [], args.samples == 1, time.perf_counter()
     try:
