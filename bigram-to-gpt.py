@@ -425,7 +425,7 @@ def load(path):
         for module in model.modules():
             if isinstance(module, Linear):
                 module.half()
-    return model.eval(), vocab, checkpoint["training"]
+    return model.eval(), vocab, dict(checkpoint["training"])
 
 
 # -------------------------------------------------------------------------------------- generation
