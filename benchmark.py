@@ -362,9 +362,9 @@ def iteration_row(script, args):
     ours()
     how = "eager" if run.forward is run.model else "compiled"
     title = (
-        f"{count} training iterations of {batch_size} x {notebook.block_size} on {device.type}; "
+        f"training the large model: {count} x {batch_size} x {notebook.block_size} characters on "
     )
-    title += f"textbook: AdamW, float32; ours: {notebook.recipe}, {notebook.precision}, {how}"
+    title += f"{device.type}; textbook in float32; ours: recipe `{notebook.recipe}`, {notebook.precision}, {how}"
     flop = 3 * count * batch_size * notebook.block_size * multiply_adds(run.model)
     return Row(title, textbook, ours, flop, partial(matrix_rate, notebook.dtype, device))
 

@@ -13,12 +13,16 @@ Losses are in nats per character. Shapes stand at the ends of lines: B sequences
 channels (n_embd) for each, V characters in the vocabulary, S positions that attention can look at.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the libraries load; main() takes over from here
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import hashlib
 import io
 import math
-import os
-import signal
 import sys
 import time
 import warnings
@@ -69,7 +73,9 @@ class Config:
         numbers = all(type(size) is int for size in sizes) and type(self.dropout) in (int, float)
         require(numbers, "sizes that are not numbers")
         sane = all(1 <= size <= 1 << 16 for size in sizes) and 0 <= self.dropout < 1
-        sane = sane and self.n_layer <= 1000 and self.block_size <= 1 << 12  # attention squares it
+        sane = (
+            sane and self.n_layer <= 1000 and self.block_size <= 1 << 12
+        )  # attention compares all with all
         require(sane and self.n_embd % self.n_head == 0, f"sizes that make no sense: {self}")
 
 
@@ -156,10 +162,8 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x):  # (..., in_features)
-        if self.weight.dtype == x.dtype:
-            return super().forward(x)  # (..., out_features)
-        if x.numel() == self.in_features:
-            return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        if self.weight.dtype == x.dtype or x.numel() == self.in_features:
+            return super().forward(x.to(self.weight.dtype)).to(x.dtype)  # (..., out_features)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
@@ -197,7 +201,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(k, v)  # (B, n_head, S, head_size) each
         S = k.shape[2]
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, n_head, T, S)
-        if T > 1:  # the newest position by itself has none after it
+        if T > 1:  # a position by itself, the newest, has none after it
             later = torch.ones(T, S, dtype=torch.bool).triu(S - T + 1)  # (T, S)
             scores = scores.masked_fill(later, -math.inf)
         weights = scores.softmax(dim=-1)  # (B, n_head, T, S)
@@ -296,16 +300,15 @@ def evaluating(model):
 @torch.inference_mode()
 def exact_loss(model, data, block_size, track=iter):
     """The mean loss, in nats, over every character of `data`, (N,), that has one before it."""
-    x, y = data[:-1], data[1:]
-    whole = len(x) - len(x) % block_size  # the last, shorter window comes by itself
-    rows = max(1, 2048 // block_size)  # what is computed at once fits in a cache
-    parts = zip(*(ids[:whole].view(-1, block_size).split(rows) for ids in (x, y)))
-    total = 0.0
+    size, padding = len(data) - 1, -(len(data) - 1) % block_size
+    x = F.pad(data[:-1], (0, padding)).view(-1, block_size)  # (N, T)
+    y = F.pad(data[1:], (0, padding), value=-100).view(-1, block_size)  # cross_entropy skips -100
+    rows, total = max(1, 2048 // block_size), 0.0  # more at once would leave a core's own cache
     with evaluating(model):
-        for inputs, targets in track([*parts, (x[None, whole:], y[None, whole:])]):  # (B, T) each
+        for inputs, targets in track([*zip(x.split(rows), y.split(rows))]):  # (B, T) each
             logits = model(inputs).flatten(0, 1)  # (B * T, V)
             total += F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
-    return total / len(x)
+    return total / size
 
 
 def batches(data, block_size, batch_size, seed):
@@ -331,8 +334,8 @@ def train(model, data, val_data, block_size, steps, seed, track=iter, batch_size
     are those of the lowest. The optimizer is a quasi-hyperbolic Adam (Ma and Yarats, 2018) with
     decoupled weight decay: it goes by a mix of the newest gradient and the mean of the last ones.
     """
-    # One vector holds all P parameters, another all gradients: an update takes a few operations,
-    # not a few for each matrix.
+    # All P parameters become views into one vector, their gradients into another: an update takes
+    # a few operations, not a few for each matrix.
     parameters = list(model.parameters())
     flat = nn.utils.parameters_to_vector(parameters).detach()  # (P,)
     nn.utils.vector_to_parameters(flat, parameters)
@@ -387,11 +390,13 @@ def load(path):
     """
     made = "`python bigram-to-gpt.py` makes one-block.pt; then say --weights one-block.pt"
     require(path.is_file(), f"there is no file of weights {path}: {made}")
+    content = path.read_bytes()
     try:
-        with zipfile.ZipFile(path) as archive, warnings.catch_warnings(action="ignore"):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
             require(stored and archive.testzip() is None, "it is damaged or compressed")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         require(isinstance(checkpoint, dict), "it is not a dict")
         for name, kind in {"config": dict, "vocab": str, "model": dict, "training": dict}.items():
             require(isinstance(checkpoint.get(name), kind), f"it has no {name}, a {kind.__name__}")
@@ -405,22 +410,20 @@ def load(path):
             dense = dense and tensor.is_floating_point() and tensor.device.type == "cpu"
             require(dense, f"{name} is not a dense tensor of floats")
         claimed = sum(tensor.nbytes for tensor in weights.values())
-        require(claimed <= path.stat().st_size, "its tensors claim to be larger than the file")
+        require(claimed <= len(content), "its tensors claim to be larger than the file")
         V, T, L, C = config.vocab_size, config.block_size, config.n_layer, config.n_embd
         enough = (2 * V + T + 12 * L * C) * C <= sum(tensor.numel() for tensor in weights.values())
-        require(enough, "its config asks for more weights than it has")  # before it is built
-        model = gpt(config)
+        require(enough, "its config asks for more weights than it has")
+        model = gpt(config)  # on the meta device this would take a second, to import half of torch
         model.load_state_dict(weights, assign=True)  # a RuntimeError names what does not fit
-    except OSError:
-        raise
+        model.float()
+        sane = all((parameter.abs() < 1e4).all() for parameter in model.parameters())  # NaN is not
+        require(sane, "some of its numbers are enormous, or none at all")
     except Exception as error:  # a damaged file makes torch.load raise almost anything
         reason = "torch.save did not write it, or it holds more than tensors and plain types"
         if isinstance(error, UserError) or "state_dict" in str(error):
             reason = str(error)[:300]
         raise UserError(f"{path} is no checkpoint: {reason}; {made}") from None
-    model.float()
-    sane = all((parameter.abs() < 1e4).all() for parameter in model.parameters())  # NaN is not
-    require(sane, f"{path} holds numbers that are enormous, or none at all; {made}")
     if all(tensor.dtype == torch.float16 for tensor in weights.values()):
         for module in model.modules():
             if isinstance(module, Linear):
@@ -449,6 +452,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, generator=
                 for cache in caches:
                     cache.length = 0
             logits = model(unread, caches)[:, -1]  # (B, V)
+            require(logits.isfinite().all(), "its numbers overflow: try --precision float32")
             drawn = choose(logits, temperature, top_k, generator)  # (B, 1)
             yield drawn[:, 0]
             window = torch.cat((window, drawn), dim=1)[:, -block_size:]  # (B, T)
@@ -471,7 +475,7 @@ def choose(logits, temperature, top_k, generator):
 
 def grow(args):
     """Train the five models: print a table, save a picture and the last model, sample it."""
-    from tqdm import tqdm
+    from tqdm import tqdm  # with disable=None it draws bars in terminals only
 
     text, block_size = read_text(args.input), Config.block_size
     vocab = "".join(sorted(set(text)))
@@ -499,11 +503,11 @@ def grow(args):
     models = [initialize(build(config), seed) for _, _, build in RUNGS]
 
     def grow_rung(title, model):
-        start, bar = time.perf_counter(), partial(tqdm, desc=title, leave=False, mininterval=0.5)
+        start, bar = time.perf_counter(), partial(tqdm, desc=title, leave=False, disable=None)
         curve = train(model, data, val_data, block_size, args.steps, seed, bar)
         return curve, exact_loss(model, data, block_size), time.perf_counter() - start
 
-    # A core for each model gets all done sooner than all cores for one model after the other.
+    # Models side by side, a core each, are done sooner than one after the other on all cores.
     torch.set_num_threads(1)
     # Ctrl-C ends them at once. A KeyboardInterrupt inside tqdm could leave its lock taken for ever.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -529,7 +533,7 @@ def grow(args):
 
 
 def draw(path, grown, counted, name):
-    """Save the picture: validation losses during training; the legend has those at the end."""
+    """Save the picture: validation losses during training, in the legend those of what is kept."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -541,7 +545,7 @@ def draw(path, grown, counted, name):
     for (title, curve, train_loss, val_loss), colour in zip(grown, colours):
         label = f"{val_loss:.3f}  {title} (train {train_loss:.3f})"
         axes.plot(*zip(*curve), "o-", color=colour, label=label)
-    axes.legend(title="loss at the end")
+    axes.legend(title="loss of the weights kept")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.set(xlabel="iteration", ylabel="validation loss (nats per character)")
@@ -558,7 +562,7 @@ def sample(args):
         model.float()  # several texts would gain nothing from float16
     prompt = args.prompt
     if prompt == "-":
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace", newline=None)
         prompt = sys.stdin.read()
     idx = encode(prompt or vocab[0], vocab).repeat(args.samples, 1)  # (B, T)
     seed = torch.seed() % 2**32 if args.seed is None else args.seed
@@ -593,7 +597,7 @@ def evaluate(args):
     splits = [encode(part, vocab) for part in parts]
     print(f"{'loss on ' + args.input.name:24} {'measured':>10} {'in the file':>12}")
     for title, key, data in zip(("train", "validation"), ("train_loss", "val_loss"), splits):
-        bar = partial(tqdm, desc=title, leave=False)
+        bar = partial(tqdm, desc=title, leave=False, disable=None)
         loss, claim = exact_loss(model, data, block_size, bar), training.get(key)
         claim = f"{claim:.4f}" if isinstance(claim, float) else "nothing"
         print(f"{title:24} {loss:10.4f} {claim:>12}")
@@ -660,6 +664,10 @@ def parse(argv):
 
 def main(argv):
     """Run one action and return the exit status."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Streams that are closed are None.
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
     # A terminal that lacks a character shows "?"; whoever reads us gets each line when it is done.
     sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
