@@ -360,11 +360,12 @@ def iteration_row(script, args):
 
     textbook()  # the first iteration takes longer
     ours()
-    how = "eager" if run.forward is run.model else "compiled"
-    title = (
-        f"training the large model: {count} x {batch_size} x {notebook.block_size} characters on "
+    title = f"training the large model on {device.type}, {count} x {batch_size} x {notebook.block_size} "
+    title += (
+        f"characters; textbook: float32; ours: {notebook.precision}, recipe `{notebook.recipe}`"
     )
-    title += f"{device.type}; textbook in float32; ours: recipe `{notebook.recipe}`, {notebook.precision}, {how}"
+    if run.forward is not run.model:
+        title += ", compiled"
     flop = 3 * count * batch_size * notebook.block_size * multiply_adds(run.model)
     return Row(title, textbook, ours, flop, partial(matrix_rate, notebook.dtype, device))
 
