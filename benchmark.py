@@ -360,10 +360,9 @@ def iteration_row(script, args):
 
     textbook()  # the first iteration takes longer
     ours()
-    title = f"training the large model on {device.type}, {count} x {batch_size} x {notebook.block_size} "
-    title += (
-        f"characters; textbook: float32; ours: {notebook.precision}, recipe `{notebook.recipe}`"
-    )
+    sizes = f"{count} x {batch_size} x {notebook.block_size}"
+    title = f"training the large model on {device.type}, {sizes} characters; "
+    title += f"textbook: float32; ours: {notebook.precision}, recipe `{notebook.recipe}`"
     if run.forward is not run.model:
         title += ", compiled"
     flop = 3 * count * batch_size * notebook.block_size * multiply_adds(run.model)
