@@ -57,6 +57,12 @@ def require(condition, message):
         raise UserError(message)
 
 
+def notice(text):
+    """Tell it on stderr; that nobody can read it there is no reason to stop."""
+    with suppress(OSError):
+        print(text, file=sys.stderr)
+
+
 @dataclass(frozen=True)
 class Config:
     """The sizes that fix the shapes of a model, by default the CPU model's; UserError if absurd."""
@@ -73,9 +79,7 @@ class Config:
         numbers = all(type(size) is int for size in sizes) and type(self.dropout) in (int, float)
         require(numbers, "sizes that are not numbers")
         sane = all(1 <= size <= 1 << 16 for size in sizes) and 0 <= self.dropout < 1
-        sane = (
-            sane and self.n_layer <= 1000 and self.block_size <= 1 << 12
-        )  # attention compares all with all
+        sane = sane and self.n_layer <= 1000 and self.block_size <= 1 << 12  # which is squared
         require(sane and self.n_embd % self.n_head == 0, f"sizes that make no sense: {self}")
 
 
@@ -86,7 +90,10 @@ def write(path, content):
     """Put bytes in the place of a file, all of them or none."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(content)
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
@@ -105,7 +112,7 @@ def fetch_text(path, url=URL, sha256=SHA256):
     right = hashlib.sha256(content).hexdigest() == sha256
     require(right, f"{url} sent {len(content):,} bytes of another digest: {remedy}")
     write(path, content)
-    print(f"fetched {url} to {path}", file=sys.stderr)
+    notice(f"fetched {url} to {path}")
 
 
 def read_text(path):
@@ -114,7 +121,7 @@ def read_text(path):
         fetch_text(path)
     content = path.read_bytes()
     if path == TEXT and content and hashlib.sha256(content).hexdigest() != SHA256:
-        print(f"{path} is not Tiny Shakespeare; it is used as it is", file=sys.stderr)
+        notice(f"{path} is not Tiny Shakespeare; it is used as it is")
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -526,7 +533,7 @@ def grow(args):
     training |= {"device": "cpu", "torch": str(torch.__version__)}
     save(weights_path, model, vocab, training)
     draw(picture_path, grown, counted[1], args.input.name)
-    print(f"wrote {weights_path} and {picture_path}", file=sys.stderr)
+    notice(f"wrote {weights_path} and {picture_path}")
     generator = torch.Generator().manual_seed(seed)
     ids = generate(model, torch.zeros(1, 1, dtype=torch.long), 500, generator=generator)
     print("\n500 characters from the last model:\n\n" + decode(ids, vocab))
@@ -584,7 +591,7 @@ def sample(args):
     if sys.stdout.isatty():
         print()
     precision = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    print(f"{speed:,.0f} characters per second in {precision}, seed {seed}", file=sys.stderr)
+    notice(f"{speed:,.0f} characters per second in {precision}, seed {seed}")
 
 
 def evaluate(args):
@@ -682,7 +689,7 @@ def main(argv):
         if isinstance(error, OSError):
             file, reason = error.filename or "stdout", error.strerror or error
             error = f"cannot use {file}: {reason}; name another"
-        print("error:", *str(error).split(), file=sys.stderr)
+        notice(" ".join(["error:", *str(error).split()]))
         return 2
     return 0
 

@@ -144,18 +144,22 @@ def test_a_closed_pipe_ends_quietly(grown):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="ulimit is of Unix")
-def test_a_full_disk_loses_nothing(grown, tmp_path):
+def test_nobody_reads_stderr_and_a_full_disk(grown, tmp_path):
     folder, _ = grown
-    (tmp_path / "one-block.pt").write_bytes(b"earlier")
     options = "--input", folder / "text.txt", "--steps", 2, "--out", tmp_path
+    unread, unwritten = os.pipe()
+    os.close(unread)  # a pipe without a reader
     command = [sys.executable, str(SCRIPT), *map(str, options)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=unwritten, timeout=100)
+    os.close(unwritten)
+    assert result.returncode == 0 and b"5 block" in result.stdout
+    before = (tmp_path / "one-block.pt").read_bytes()
     limited = ["bash", "-c", 'ulimit -f 100; trap "" XFSZ; exec "$@"', "bash", *command]
     result = subprocess.run(limited, capture_output=True, timeout=100)
     assert result.returncode == 2 and b"one-block.pt: File too large" in result.stderr
     assert b"Traceback" not in result.stderr
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
-        ("one-block.pt", b"earlier")
-    ]
+    assert (tmp_path / "one-block.pt").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["growth.png", "one-block.pt"]
 
 
 def interrupted(command, marker):
