@@ -44,12 +44,17 @@ from torch.nn import functional as F
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS, TEXT = HERE / "gpt_shakespeare.pt", HERE / "input.txt"
+MORE = HERE / "assets" / "more.txt"  # text that the model of WEIGHTS wrote
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 class UserError(Exception):
     """An error that the user can mend: main() prints it as one line and returns status 2."""
+
+
+class Unreachable(UserError):
+    """Tiny Shakespeare is missing, and there is no way to its server."""
 
 
 def require(condition, message):
@@ -102,13 +107,16 @@ def write(path, content):
 
 
 def fetch_text(path, url=URL, sha256=SHA256):
-    """Download Tiny Shakespeare to `path`, whole and with the right digest, or raise UserError."""
+    """Download Tiny Shakespeare to `path`, whole and with the right digest, or raise UserError.
+
+    It is an Unreachable if the server sent nothing.
+    """
     remedy = f"try again, or save it yourself as {path}; its SHA-256 is {sha256}"
     try:
         with urlopen(url, timeout=30) as response:
             content = response.read(1 << 22)  # well above its size, lest a reply never end
     except (OSError, HTTPException) as error:
-        raise UserError(f"cannot fetch {url} ({error}): {remedy}") from None
+        raise Unreachable(f"cannot fetch {url} ({error}): {remedy}") from None
     right = hashlib.sha256(content).hexdigest() == sha256
     require(right, f"{url} sent {len(content):,} bytes of another digest: {remedy}")
     write(path, content)
@@ -484,8 +492,14 @@ def grow(args):
     """Train the five models: print a table, save a picture and the last model, sample it."""
     from tqdm import tqdm  # with disable=None it draws bars in terminals only
 
-    text, block_size = read_text(args.input), Config.block_size
-    vocab = "".join(sorted(set(text)))
+    try:
+        text = read_text(args.input)
+    except Unreachable as error:
+        require(MORE.exists(), error)
+        notice(f"WARNING: {error}")
+        notice(f"WARNING: growing on {MORE} instead, which our large model wrote; losses differ")
+        args.input, text = MORE, read_text(MORE)
+    vocab, block_size = "".join(sorted(set(text))), Config.block_size
     many = f"{args.input} has {len(vocab):,} distinct characters"
     require(len(vocab) <= 10_000, f"{many}: give a text of 10,000 at most")
     data, val_data = (encode(part, vocab) for part in split(text, block_size, args.input))

@@ -237,10 +237,30 @@ def test_a_folder_is_no_text_and_no_weights(refusal, tmp_path):
     assert "no file of weights" in refusal("sample", "--weights", tmp_path)
 
 
-def test_a_clone_with_neither_network_nor_text_nor_weights(tmp_path):
+NO_NETWORK = os.environ | {"https_proxy": "http://127.0.0.1:9"}
+
+
+def test_without_network_and_text_it_grows_on_what_the_large_model_wrote(grown, tmp_path):
+    folder, _ = grown
+    script, more = shutil.copy(SCRIPT, tmp_path), tmp_path / "assets" / "more.txt"
+    more.parent.mkdir()
+    shutil.copy(folder / "text.txt", more)
+    result = run("--steps", 5, script=script, cwd=tmp_path, env=NO_NETWORK)
+    assert result.returncode == 0
+    assert result.stdout.decode().startswith(f"more.txt: {len(more.read_text()):,} characters")
+    warnings = result.stderr.decode().splitlines()[:2]
+    assert all(line.startswith("WARNING: ") for line in warnings)
+    for part in ("tinyshakespeare/input.txt", str(tmp_path / "input.txt"), "86c4e6aa9db7c042"):
+        assert part in warnings[0]
+    assert f"growing on {more} instead" in warnings[1]
+    assert not (tmp_path / "input.txt").exists()
+    options = "evaluate", "--weights", "one-block.pt"  # on a text that the user did not ask for?
+    assert run(*options, script=script, cwd=tmp_path, env=NO_NETWORK).returncode == 2
+
+
+def test_a_clone_with_neither_network_nor_texts_nor_weights(tmp_path):
     script = shutil.copy(SCRIPT, tmp_path)
-    closed = os.environ | {"https_proxy": "http://127.0.0.1:9"}
-    result = run(script=script, cwd=tmp_path, env=closed)
+    result = run(script=script, cwd=tmp_path, env=NO_NETWORK)
     line = refused(result.returncode, result.stdout.decode(), result.stderr.decode())
     for part in ("tinyshakespeare/input.txt", str(tmp_path / "input.txt"), "86c4e6aa9db7c042"):
         assert part in line

@@ -1,5 +1,6 @@
 """Training, exact losses, sampling and fetching, against independent calculations."""
 
+import bisect
 import hashlib
 import math
 import threading
@@ -218,8 +219,9 @@ def server():
 def test_fetching_writes_the_whole_text_or_nothing(gpt, server, tmp_path):
     path, digest = tmp_path / "input.txt", hashlib.sha256(b"the text").hexdigest()
     for page, sha256 in (("/cut", digest), ("/none", digest), ("/text", "another")):
-        with pytest.raises(gpt.UserError, match="save it yourself as"):
+        with pytest.raises(gpt.UserError, match="save it yourself as") as error:
             gpt.fetch_text(path, server + page, sha256)
+        assert page == "/cut" or (error.type == gpt.Unreachable) == (page == "/none")
         assert not list(tmp_path.iterdir())
     gpt.fetch_text(path, server + "/text", digest)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the text"]
@@ -243,3 +245,17 @@ def test_the_real_text(gpt):
     data, val = gpt.split(ids, 8)
     assert (len(data), len(val)) == (1_003_854, 111_540)
     assert gpt.counted_bigram(data, val, 65) == pytest.approx([2.4546, 2.4819], abs=5e-5)
+
+
+@pytest.mark.skipif(not (SCRIPT.parent / "input.txt").exists(), reason="the text is not there")
+def test_the_text_that_the_large_model_wrote_is_its_own(gpt):
+    real, written = gpt.read_text(gpt.TEXT), gpt.read_text(gpt.MORE)
+    assert len(written) == 500_000 and set(written) <= set(real)
+
+    def shared(length):
+        """Whether some run of `length` characters is in both."""
+        runs = {hash(real[i : i + length]) for i in range(len(real) - length + 1)}
+        return any(hash(written[i : i + length]) in runs for i in range(len(written) - length + 1))
+
+    longest = bisect.bisect_left(range(1, 101), True, key=lambda length: not shared(length))
+    assert 10 < longest < 100
