@@ -53,8 +53,8 @@ class UserError(Exception):
     """An error that the user can mend: main() prints it as one line and returns status 2."""
 
 
-class Unreachable(UserError):
-    """Tiny Shakespeare is missing, and there is no way to its server."""
+class NotFetched(UserError):
+    """Tiny Shakespeare is missing, and could not be downloaded."""
 
 
 def require(condition, message):
@@ -109,14 +109,14 @@ def write(path, content):
 def fetch_text(path, url=URL, sha256=SHA256):
     """Download Tiny Shakespeare to `path`, whole and with the right digest, or raise UserError.
 
-    It is an Unreachable if the server sent nothing.
+    It is a NotFetched if nothing came, not if it was another text.
     """
     remedy = f"try again, or save it yourself as {path}; its SHA-256 is {sha256}"
     try:
         with urlopen(url, timeout=30) as response:
             content = response.read(1 << 22)  # well above its size, lest a reply never end
     except (OSError, HTTPException) as error:
-        raise Unreachable(f"cannot fetch {url} ({error}): {remedy}") from None
+        raise NotFetched(f"cannot fetch {url} ({error}): {remedy}") from None
     right = hashlib.sha256(content).hexdigest() == sha256
     require(right, f"{url} sent {len(content):,} bytes of another digest: {remedy}")
     write(path, content)
@@ -494,10 +494,11 @@ def grow(args):
 
     try:
         text = read_text(args.input)
-    except Unreachable as error:
-        require(MORE.exists(), error)
+    except NotFetched as error:
+        if not MORE.exists():
+            raise
         notice(f"WARNING: {error}")
-        notice(f"WARNING: growing on {MORE} instead, which our large model wrote; losses differ")
+        notice(f"WARNING: growing on {MORE} instead, which our large model wrote: other losses")
         args.input, text = MORE, read_text(MORE)
     vocab, block_size = "".join(sorted(set(text))), Config.block_size
     many = f"{args.input} has {len(vocab):,} distinct characters"
@@ -544,7 +545,7 @@ def grow(args):
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     training = {"step": step, "train_loss": train_loss, "val_loss": val_loss, "seed": seed}
-    training |= {"device": "cpu", "torch": str(torch.__version__)}
+    training |= {"device": "cpu", "torch": str(torch.__version__), "text": args.input.name}
     save(weights_path, model, vocab, training)
     draw(picture_path, grown, counted[1], args.input.name)
     notice(f"wrote {weights_path} and {picture_path}")

@@ -221,7 +221,7 @@ def test_fetching_writes_the_whole_text_or_nothing(gpt, server, tmp_path):
     for page, sha256 in (("/cut", digest), ("/none", digest), ("/text", "another")):
         with pytest.raises(gpt.UserError, match="save it yourself as") as error:
             gpt.fetch_text(path, server + page, sha256)
-        assert page == "/cut" or (error.type == gpt.Unreachable) == (page == "/none")
+        assert page == "/cut" or (error.type == gpt.NotFetched) == (page == "/none")
         assert not list(tmp_path.iterdir())
     gpt.fetch_text(path, server + "/text", digest)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the text"]

@@ -119,6 +119,17 @@ def test_the_settings_are_the_specification(definitions):
     assert sum(parameter.numel() for parameter in model.parameters()) == 10_788_929
 
 
+def test_attention_maps_are_the_weights_with_which_attention_mixes(definitions):
+    model = definitions["GPT"](definitions["Config"](30, 16, 2, 4, 32, dropout=0.2)).eval()
+    idx, second = torch.randint(30, (10,)), model.blocks[1]
+    maps = definitions["attention_maps"](model, idx, 1)  # (4, 10, 10)
+    x = model.token_embedding(idx) + model.position_embedding.weight[:10]
+    x = second.ln1(model.blocks[0](x[None]))  # (1, 10, 32)
+    values = second.attention.qkv(x)[0, :, 64:].view(10, 4, 8).transpose(0, 1)  # (4, 10, 8)
+    mixed = (maps @ values).transpose(0, 1).reshape(10, 32)
+    torch.testing.assert_close(second.attention.proj(mixed), second.attention(x)[0])
+
+
 # ---------------------------------------------------------------------------------------- the whole
 
 
@@ -132,6 +143,8 @@ def test_the_notebook_runs_and_the_script_loads_what_it_saves(gpt, tiny, tmp_pat
     assert training["interim"] and training["recipe"] == "ours" and training["step"] in (10, 20, 30)
     losses = [f"{training[key]:.4f}" for key in ("train_loss", "val_loss")]
     assert re.search(f"best, stored +{training['step']} +{losses[0]} +{losses[1]}", printed)
+    for picture in ("losses", "attention"):
+        assert (tmp_path / f"kept/ours-1.{picture}.png").read_bytes().startswith(b"\x89PNG")
 
     text = tmp_path / "text.txt"
     assert gpt.main(["evaluate", "--weights", str(weights), "--input", str(text)]) == 0
@@ -176,7 +189,7 @@ def test_killed_training_goes_on_to_the_same_result(train, tmp_path):
         KILLED_IN_SAVE.format(1),
         KILLED_IN_SAVE.format(2),
         KILLED_AT_STEP.format(25),
-        KILLED_IN_SAVE.format(2),  # the save of the weights
+        KILLED_IN_SAVE.format(3),  # the save of the weights, after the picture's
         "",
     ):
         done = train(patch)
