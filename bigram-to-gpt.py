@@ -498,7 +498,8 @@ def grow(args):
         if not MORE.exists():
             raise
         notice(f"WARNING: {error}")
-        notice(f"WARNING: growing on {MORE} instead, which our large model wrote: other losses")
+        notice(f"WARNING: growing on {MORE} instead, which our large model wrote: other losses;")
+        notice(f"WARNING: to evaluate this model later, say --input {MORE}")
         args.input, text = MORE, read_text(MORE)
     vocab, block_size = "".join(sorted(set(text))), Config.block_size
     many = f"{args.input} has {len(vocab):,} distinct characters"

@@ -248,11 +248,11 @@ def test_without_network_and_text_it_grows_on_what_the_large_model_wrote(grown, 
     result = run("--steps", 5, script=script, cwd=tmp_path, env=NO_NETWORK)
     assert result.returncode == 0
     assert result.stdout.decode().startswith(f"more.txt: {len(more.read_text()):,} characters")
-    warnings = result.stderr.decode().splitlines()[:2]
+    warnings = result.stderr.decode().splitlines()[:3]
     assert all(line.startswith("WARNING: ") for line in warnings)
     for part in ("tinyshakespeare/input.txt", str(tmp_path / "input.txt"), "86c4e6aa9db7c042"):
         assert part in warnings[0]
-    assert f"growing on {more} instead" in warnings[1]
+    assert f"growing on {more} instead" in warnings[1] and f"--input {more}" in warnings[2]
     assert not (tmp_path / "input.txt").exists()
     options = "evaluate", "--weights", "one-block.pt"  # on a text that the user did not ask for?
     assert run(*options, script=script, cwd=tmp_path, env=NO_NETWORK).returncode == 2

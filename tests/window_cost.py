@@ -39,8 +39,12 @@ if __name__ == "__main__":
     parser.add_argument("--input", type=Path, default=gpt.TEXT)
     parser.add_argument("--characters", type=int, help="look at the first N only")
     args = parser.parse_args()
-    model, vocab, _ = gpt.load(args.weights)
-    _, val = gpt.split(gpt.read_text(args.input), model.config.block_size)
-    full, refilled = window_losses(model, gpt.encode(val[: args.characters], vocab))
+    try:
+        model, vocab, _ = gpt.load(args.weights)
+        _, val = gpt.split(gpt.read_text(args.input), model.config.block_size)
+        ids = gpt.encode(val[: args.characters], vocab)
+    except gpt.UserError as error:
+        parser.error(str(error))
+    full, refilled = window_losses(model, ids)
     print(f"full window        {full:.4f}")
     print(f"window as sampled  {refilled:.4f}")
