@@ -43,7 +43,7 @@ if __name__ == "__main__":
         model, vocab, _ = gpt.load(args.weights)
         _, val = gpt.split(gpt.read_text(args.input), model.config.block_size)
         ids = gpt.encode(val[: args.characters], vocab)
-    except gpt.UserError as error:
+    except (gpt.UserError, OSError) as error:
         parser.error(str(error))
     full, refilled = window_losses(model, ids)
     print(f"full window        {full:.4f}")
