@@ -103,20 +103,26 @@ def write(path, content):
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
 
 
-def fetch_text(path, url=URL, sha256=SHA256):
+def fetch_text(path, url=URL, sha256=SHA256, patience=120):
     """Download Tiny Shakespeare to `path`, whole and with the right digest, or raise UserError.
 
-    It is a NotFetched if nothing came, not if it was another text.
+    It is a NotFetched if nothing came within `patience` seconds, not if it was another text.
     """
+
+    def download():
+        with urlopen(url, timeout=30) as response:
+            return response.read(1 << 22)  # well above its size, lest a reply never end
+
     remedy = f"try again, or save it yourself as {path}; its SHA-256 is {sha256}"
     try:
-        with urlopen(url, timeout=30) as response:
-            content = response.read(1 << 22)  # well above its size, lest a reply never end
+        content = ThreadPoolExecutor().submit(download).result(patience)
     except (OSError, HTTPException) as error:
-        raise NotFetched(f"cannot fetch {url} ({error}): {remedy}") from None
+        reason = str(error) or f"not here after {patience} seconds"
+        raise NotFetched(f"cannot fetch {url} ({reason}): {remedy}") from None
     right = hashlib.sha256(content).hexdigest() == sha256
     require(right, f"{url} sent {len(content):,} bytes of another digest: {remedy}")
     write(path, content)
@@ -127,13 +133,13 @@ def read_text(path):
     """The UTF-8 text in a file; if that is the default one and missing, it is fetched first."""
     if path == TEXT and not path.exists():
         fetch_text(path)
-    content = path.read_bytes()
-    if path == TEXT and content and hashlib.sha256(content).hexdigest() != SHA256:
-        notice(f"{path} is not Tiny Shakespeare; it is used as it is")
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")
+    if path == TEXT and hashlib.sha256(content).hexdigest() != SHA256:
+        notice(f"{path} is not Tiny Shakespeare, but used as it is; to fetch that, delete this")
     try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
+        return content.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (see byte {error.start}): convert it first") from None
+        raise UserError(f"{path} is not UTF-8 (near byte {error.start}): convert it") from None
 
 
 def encode(text, vocab):

@@ -3,8 +3,7 @@
 import bisect
 import hashlib
 import math
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import time
 
 import numpy as np
 import pytest
@@ -196,34 +195,16 @@ def test_a_window_of_one_and_an_odd_one(gpt):
         assert len(list(gpt.generate(model, torch.zeros(2, 1, dtype=torch.long), 10))) == 10
 
 
-@pytest.fixture
-def server():
-    """A server on this machine that gives b"the text", cut off at /cut and never found at /none."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(404 if self.path == "/none" else 200)
-            self.send_header("Content-Length", "8")
-            self.end_headers()
-            self.wfile.write(b"the" if self.path == "/cut" else b"the text")
-
-        def log_message(self, *_):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
 def test_fetching_writes_the_whole_text_or_nothing(gpt, server, tmp_path):
     path, digest = tmp_path / "input.txt", hashlib.sha256(b"the text").hexdigest()
-    for page, sha256 in (("/cut", digest), ("/none", digest), ("/text", "another")):
+    for page in ("/cut", "/none", "/loop", "/stalled", "/drip", "/text"):
+        expected = "another" if page == "/text" else digest
+        start = time.monotonic()
         with pytest.raises(gpt.UserError, match="save it yourself as") as error:
-            gpt.fetch_text(path, server + page, sha256)
-        assert page == "/cut" or (error.type == gpt.NotFetched) == (page == "/none")
-        assert not list(tmp_path.iterdir())
-    gpt.fetch_text(path, server + "/text", digest)
+            gpt.fetch_text(path, server + page, expected, patience=1)
+        assert page == "/cut" or (error.type == gpt.NotFetched) == (page != "/text")
+        assert time.monotonic() - start < 5 and not list(tmp_path.iterdir())
+    gpt.fetch_text(path, server + "/moved", digest)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the text"]
 
 
