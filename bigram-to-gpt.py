@@ -13,16 +13,19 @@ Losses are in nats per character. Shapes stand at the ends of lines: B sequences
 channels (n_embd) for each, V characters in the vocabulary, S positions that attention can look at.
 """
 
-import os
 import signal
 
-if __name__ == "__main__":  # Ctrl-C while the libraries load; main() takes over from here
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the libraries load; then see main()
 
 import argparse
+import copy
 import hashlib
 import io
 import math
+import os
+import pickletools
+import re
 import sys
 import time
 import warnings
@@ -84,7 +87,8 @@ class Config:
         numbers = all(type(size) is int for size in sizes) and type(self.dropout) in (int, float)
         require(numbers, "sizes that are not numbers")
         sane = all(1 <= size <= 1 << 16 for size in sizes) and 0 <= self.dropout < 1
-        sane = sane and self.n_layer <= 1000 and self.block_size <= 1 << 12  # which is squared
+        scores = self.n_head * self.block_size * max(self.block_size, 2048)  # the most at a time
+        sane = sane and self.n_layer <= 1000 and scores <= 1 << 27
         require(sane and self.n_embd % self.n_head == 0, f"sizes that make no sense: {self}")
 
 
@@ -168,8 +172,8 @@ def counted_bigram(train_data, val_data, vocab_size):
     """Both losses, in nats, of a bigram without training: pairs in the train ids, each plus 1."""
     pairs = np.ones((vocab_size, vocab_size))  # (V, V)
     np.add.at(pairs, (train_data[:-1].numpy(), train_data[1:].numpy()), 1)
-    log_probability = np.log(pairs / pairs.sum(axis=1, keepdims=True))  # (V, V)
-    return [-log_probability[ids[:-1], ids[1:]].mean() for ids in (train_data, val_data)]
+    surprise = np.log(pairs.sum(axis=1, keepdims=True) / pairs)  # (V, V)
+    return [surprise[ids[:-1], ids[1:]].mean() for ids in (train_data, val_data)]
 
 
 # ------------------------------------------------------------------------------ parts of the model
@@ -403,53 +407,146 @@ def save(path, model, vocab, training):
     write(path, buffer.getbuffer())
 
 
-def load(path):
+def unpickle(content):
+    """The dict in the bytes of a file by torch.save, or an exception. No code in it runs."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
+        require(stored and archive.testzip() is None, "it is damaged or compressed")
+        [pickled] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        operations = list(pickletools.genops(archive.read(pickled)))
+    # weights_only keeps code from running, but not bytearray(10**12), say, from being made.
+    plain = r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch [A-Z]\w+Storage"
+    called = [name for operation, name, _ in operations if operation.name == "GLOBAL"]
+    more = [name for name in called if not re.fullmatch(plain, name)]
+    require(not more, f"it holds more than tensors and plain types: {more[:1]}")
+    with warnings.catch_warnings(action="ignore"):
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    require(isinstance(checkpoint, dict), "it is not a dict")
+    return checkpoint
+
+
+def build(config, weights):
+    """The GPT of these sizes and weights, in float32 and eval mode, if they fit and are sane."""
+    V, T, L, C = config.vocab_size, config.block_size, config.n_layer, config.n_embd
+    wanted, found = (2 * V + T + 12 * L * C) * C, sum(tensor.numel() for tensor in weights.values())
+    require(wanted <= 4 * found, "its config asks for many more weights than it has")
+    model = gpt(config)  # on the meta device this would take a second, to import half of torch
+    model.load_state_dict(weights, assign=True)  # a RuntimeError names what does not fit
+    model.float()
+    sane = all((parameter.abs() < 1e4).all() for parameter in model.parameters())  # NaN is not
+    require(sane, "some of its numbers are enormous, or none at all")
+    return model.eval()
+
+
+LECTURE = {  # what the lecture's GPTLanguageModel calls the parts, and what they are called here
+    "_orig_mod.": "",  # from a compiled model
+    "module.": "",  # from a parallel one
+    "token_embedding_table.": "token_embedding.",
+    "position_embedding_table.": "position_embedding.",
+    ".sa.proj.": ".attention.proj.",
+    ".ffwd.net.0.": ".feed_forward.up.",
+    ".ffwd.net.2.": ".feed_forward.down.",
+}
+
+
+def from_lecture(weights):
+    """The config of a GPTLanguageModel, and its weights in our names, heads in one matrix."""
+    renamed, nothing = {}, torch.empty(0)
+    for name, tensor in weights.items():
+        for theirs, ours in LECTURE.items():
+            name = name.replace(theirs, ours)
+        if not name.endswith(".tril"):  # a head's table of what it may look at
+            renamed[name] = tensor
+    tables = [renamed.get(f"{kind}_embedding.weight", nothing) for kind in ("token", "position")]
+    theirs = sum("embedding_table" in name for name in weights) == 2
+    wanted = "neither ours (config, vocab, model, training) nor the lecture's GPTLanguageModel"
+    require(theirs and tables[0].dim() == tables[1].dim() == 2, f"{wanted}: {list(weights)[:3]}")
+    (V, C), T = tables[0].shape, len(tables[1])
+    n_layer = len({name.split(".")[1] for name in renamed if name.startswith("blocks.")})
+    heads = {name.split(".")[4] for name in renamed if name.startswith("blocks.0.sa.heads.")}
+    n_head = max(1, len(heads))
+    config = Config(V, T, n_layer, n_head, C)
+    for n in range(n_layer):
+        parts = []  # (C / n_head, C) each
+        for kind in ("query", "key", "value"):
+            for name in (f"blocks.{n}.sa.heads.{m}.{kind}.weight" for m in range(n_head)):
+                parts.append(renamed.pop(name, nothing))
+                fits = parts[-1].shape == (C // n_head, C)
+                require(fits, f"{name} is missing, or not {C // n_head} x {C}")
+        renamed[f"blocks.{n}.attention.qkv.weight"] = torch.cat(parts)  # (3 C, C)
+    return config, renamed
+
+
+def with_its_scale(model, data):
+    """A model of the lecture with queries as its own code scales them, judged by ids, (N,).
+
+    The first code of the lecture, which many typed, divides scores by the root of n_embd; the later
+    one, as ours, by that of head_size. Weights do not tell which, but a text that they predict.
+    """
+    config, other = model.config, copy.deepcopy(model)
+    for block in other.blocks:
+        block.attention.qkv.weight.data[: config.n_embd] /= math.sqrt(config.n_head)
+    later, first = (exact_loss(either, data, config.block_size) for either in (model, other))
+    if first > min(later, math.log(config.vocab_size)) - 0.02:
+        return model
+    notice("scores are divided by the root of n_embd, as in the first code of the lecture")
+    return other
+
+
+def parts_of(checkpoint, file_size):
+    """The config, vocabulary, weights and training in a checkpoint, ours or the lecture's."""
+    ours = {"config", "vocab", "model", "training"} <= checkpoint.keys()
+    weights = checkpoint["model"] if ours else {}
+    if not ours:  # a state_dict, bare or within: the dict with the most tensors
+        for part in (checkpoint, *checkpoint.values()):
+            if isinstance(part, dict):
+                tensors = {str(k): v for k, v in part.items() if isinstance(v, torch.Tensor)}
+                weights = max(weights, tensors, key=len)
+    for name, tensor in weights.items():
+        floats = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        require(floats, f"{name} is not a tensor of floats")
+    claimed = sum(tensor.nbytes for tensor in weights.values())
+    enough = claimed <= 2 * file_size  # some may be stored once and used twice
+    require(enough, "its tensors claim to be larger than the file")
+    if not ours:
+        config, weights = from_lecture(weights)
+        return config, None, weights, {}
+    config, vocab = Config(**checkpoint["config"]), checkpoint["vocab"]
+    in_order = vocab == "".join(sorted(set(vocab))) and len(vocab) == config.vocab_size
+    require(in_order, "its vocabulary is not vocab_size characters in order")
+    return config, vocab, weights, dict(checkpoint["training"])
+
+
+def load(path, text_path=TEXT):
     """The GPT in a checkpoint, in eval mode, its vocabulary, and how it was trained.
 
-    It is float32, but the linear layers of a file that is all float16 stay so. A UserError tells
-    that a file is missing, damaged, or at odds with itself. No code in it runs.
+    It is float32, but the linear layers of a file of ours that is all float16 stay so. Weights of
+    the lecture's GPTLanguageModel have no vocabulary: theirs is taken from a text. A UserError
+    tells that a file is missing, damaged, or at odds with itself.
     """
     made = "`python bigram-to-gpt.py` makes one-block.pt; then say --weights one-block.pt"
     require(path.is_file(), f"there is no file of weights {path}: {made}")
+    require(path.stat().st_size <= 1 << 32, f"{path} is too large for a checkpoint: {made}")
     content = path.read_bytes()
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
-            require(stored and archive.testzip() is None, "it is damaged or compressed")
-        with warnings.catch_warnings(action="ignore"):
-            checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        require(isinstance(checkpoint, dict), "it is not a dict")
-        for name, kind in {"config": dict, "vocab": str, "model": dict, "training": dict}.items():
-            require(isinstance(checkpoint.get(name), kind), f"it has no {name}, a {kind.__name__}")
-        sizes, vocab, weights = (checkpoint[name] for name in ("config", "vocab", "model"))
-        require(sizes.keys() == Config.__annotations__.keys(), "its config has other keys")
-        config = Config(**sizes)
-        in_order = list(vocab) == sorted(set(vocab)) and len(vocab) == config.vocab_size
-        require(in_order, "its vocabulary is not vocab_size characters in order")
-        for name, tensor in weights.items():
-            dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-            dense = dense and tensor.is_floating_point() and tensor.device.type == "cpu"
-            require(dense, f"{name} is not a dense tensor of floats")
-        claimed = sum(tensor.nbytes for tensor in weights.values())
-        require(claimed <= len(content), "its tensors claim to be larger than the file")
-        V, T, L, C = config.vocab_size, config.block_size, config.n_layer, config.n_embd
-        enough = (2 * V + T + 12 * L * C) * C <= sum(tensor.numel() for tensor in weights.values())
-        require(enough, "its config asks for more weights than it has")
-        model = gpt(config)  # on the meta device this would take a second, to import half of torch
-        model.load_state_dict(weights, assign=True)  # a RuntimeError names what does not fit
-        model.float()
-        sane = all((parameter.abs() < 1e4).all() for parameter in model.parameters())  # NaN is not
-        require(sane, "some of its numbers are enormous, or none at all")
+        config, vocab, weights, training = parts_of(unpickle(content), len(content))
+        model = build(config, weights)
     except Exception as error:  # a damaged file makes torch.load raise almost anything
-        reason = "torch.save did not write it, or it holds more than tensors and plain types"
-        if isinstance(error, UserError) or "state_dict" in str(error):
+        reason = "torch.save did not write it, or it lacks a part"
+        if isinstance(error, UserError) or re.search("state_dict|Config", str(error)):
             reason = str(error)[:300]
         raise UserError(f"{path} is no checkpoint: {reason}; {made}") from None
-    if all(tensor.dtype == torch.float16 for tensor in weights.values()):
+    if vocab is None:
+        text = read_text(text_path)
+        vocab = "".join(sorted(set(text)))
+        differ = f"{path} knows {config.vocab_size} characters, {text_path} has {len(vocab)}"
+        require(len(vocab) == config.vocab_size, f"{differ}: give it its text as --input")
+        model = with_its_scale(model, encode(text[:5000], vocab))
+    elif all(tensor.dtype == torch.float16 for tensor in weights.values()):
         for module in model.modules():
             if isinstance(module, Linear):
                 module.half()
-    return model.eval(), vocab, dict(checkpoint["training"])
+    return model, vocab, training
 
 
 # -------------------------------------------------------------------------------------- generation
@@ -539,7 +636,7 @@ def grow(args):
     # Models side by side, a core each, are done sooner than one after the other on all cores.
     torch.set_num_threads(1)
     # Ctrl-C ends them at once. A KeyboardInterrupt inside tqdm could leave its lock taken for ever.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     results = ThreadPoolExecutor(os.cpu_count()).map(grow_rung, titles, models)
     grown = []
     for title, (_, adds, _), model, result in zip(titles, RUNGS, models, results):
@@ -586,7 +683,7 @@ def draw(path, grown, counted, name):
 
 def sample(args):
     """Continue the prompt on stdout: one text as it is drawn, or several, drawn as one batch."""
-    model, vocab, _ = load(args.weights)
+    model, vocab, _ = load(args.weights, args.input)
     if args.precision == "float32" or args.samples > 1:
         model.float()  # several texts would gain nothing from float16
     prompt = args.prompt
@@ -620,7 +717,7 @@ def evaluate(args):
     """Print a checkpoint's exact losses on both splits of a text, beside those that it claims."""
     from tqdm import tqdm
 
-    model, vocab, training = load(args.weights)
+    model, vocab, training = load(args.weights, args.input)
     model, block_size = model.float(), model.config.block_size
     parts = split(read_text(args.input), block_size, args.input)
     splits = [encode(part, vocab) for part in parts]
@@ -675,6 +772,8 @@ def parse(argv):
 
     option = action(sample, "continue a prompt on stdout")
     option("--weights", **file, default=WEIGHTS, help=f"the checkpoint ({WEIGHTS.name})")
+    option("--input", **file, default=TEXT,
+           help="the text of weights that lack a vocabulary (Tiny Shakespeare)")  # fmt: skip
     option("--prompt", metavar="TEXT", default="", help="what to continue; - reads it from stdin")
     option("--tokens", metavar="N", type=natural, default=500, help="how many characters (500)")
     option("--temperature", metavar="F", type=number(float, 0, math.inf), default=1.0,
