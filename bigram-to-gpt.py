@@ -409,17 +409,16 @@ def save(path, model, vocab, training):
 
 def unpickle(content):
     """The dict in the bytes of a file by torch.save, or an exception. No code in it runs."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(io.BytesIO(content)) as archive:
         stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
         require(stored and archive.testzip() is None, "it is damaged or compressed")
         [pickled] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        operations = list(pickletools.genops(archive.read(pickled)))
-    # weights_only keeps code from running, but not bytearray(10**12), say, from being made.
-    plain = r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch [A-Z]\w+Storage"
-    called = [name for operation, name, _ in operations if operation.name == "GLOBAL"]
-    more = [name for name in called if not re.fullmatch(plain, name)]
-    require(not more, f"it holds more than tensors and plain types: {more[:1]}")
-    with warnings.catch_warnings(action="ignore"):
+        operations = pickletools.genops(archive.read(pickled))
+        called = [name for operation, name, _ in operations if operation.name == "GLOBAL"]
+        # weights_only keeps code from running, but not bytearray(10**12), say, from being made.
+        plain = r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch [A-Z]\w+Storage"
+        more = [name for name in called if not re.fullmatch(plain, name)]
+        require(not more, f"it holds more than tensors and plain types: {more[:1]}")
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     require(isinstance(checkpoint, dict), "it is not a dict")
     return checkpoint

@@ -107,7 +107,7 @@ def test_sample_and_evaluate(gpt, theirs, text_path, tmp_path, capsys):
     assert row == ["validation", f"{total / (len(ids) - 1):.4f}", "nothing"]
 
 
-def in_terms_of_the_lecture(weights, n_head, queries_times):
+def in_terms_of_the_lecture(weights, n_head, queries_times=1.0):
     """Weights of ours under the names of the lecture, a module for each head."""
     named = {}
     for name, value in weights.items():
