@@ -685,6 +685,8 @@ def sample(args):
     model, vocab, _ = load(args.weights, args.input)
     if args.precision == "float32" or args.samples > 1:
         model.float()  # several texts would gain nothing from float16
+    if sum(parameter.numel() for parameter in model.parameters()) < 1_000_000:
+        torch.set_num_threads(1)  # so little work is sooner done than divided
     prompt = args.prompt
     if prompt == "-":
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace", newline=None)

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 SCRIPT = Path(__file__).resolve().parent.parent / "bigram-to-gpt.py"
 torch.set_num_threads(1)  # the models are too small for more
+settings.register_profile("the same each time", derandomize=True, database=None, deadline=None)
+settings.load_profile("the same each time")
 
 
 def module_of(path):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from conftest import SCRIPT
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_lecture import in_terms_of_the_lecture
 
@@ -23,15 +24,16 @@ CONFIG = {"vocab_size": 13, "block_size": 8, "n_layer": 2, "n_head": 2, "n_embd"
 def main(gpt):
     """A function that calls main() and returns the status, stdout and stderr."""
 
-    def call(*args, stdin=b""):
-        streams = io.BytesIO(stdin), io.BytesIO(), io.BytesIO()
+    def call(*args, stdin=b"", encoding="utf-8"):
         before = sys.stdin, sys.stdout, sys.stderr
+        out, err = io.BytesIO(), io.BytesIO()
         try:
-            sys.stdin, sys.stdout, sys.stderr = (io.TextIOWrapper(s, "utf-8") for s in streams)
+            sys.stdin = io.TextIOWrapper(io.BytesIO(stdin))
+            sys.stdout = io.TextIOWrapper(out, encoding, "strict")
+            sys.stderr = io.TextIOWrapper(err, encoding, "backslashreplace", write_through=True)
             status = gpt.main([str(arg) for arg in args])
             sys.stdout.flush()
-            sys.stderr.flush()
-            return status, *(stream.getvalue().decode() for stream in streams[1:])
+            return status, out.getvalue().decode(encoding), err.getvalue().decode(encoding)
         finally:
             sys.stdin, sys.stdout, sys.stderr = before
 
@@ -40,7 +42,7 @@ def main(gpt):
 
 @pytest.fixture(scope="module")
 def good(gpt):
-    """Two valid checkpoints, as the dicts that are saved: ours, and one with the lecture's names."""
+    """Two valid checkpoints, as dicts: ours, and one with the names of the lecture."""
     model = gpt.initialize(gpt.gpt(gpt.Config(**CONFIG)), 0).state_dict()
     training = {"step": 7, "train_loss": 1.5, "val_loss": 2.5, "seed": 0, "device": "cpu"}
     ours = {"config": CONFIG, "vocab": VOCAB, "model": model, "training": training}
@@ -222,3 +224,120 @@ def test_mutated_checkpoints_are_refused_or_sampled(main, good, text, tmp_path, 
     assert 0.02 < sampled / len(seeds) < 0.5
     assert [path.name for path in tmp_path.iterdir()] == ["mutated.pt"]
     assert peak_memory() - before < 200e6
+
+
+# ------------------------------------------------------------------------------------- options
+
+any_text = st.text(st.characters(exclude_categories=()), max_size=30)
+known_text = st.text(VOCAB, max_size=30)
+odd = st.sampled_from(["", "x", "1.5", "0x10", "１", "1_0", " 3", -1, 0, 2**63, 10**40])
+counts = st.integers(1, 20) | odd
+numbers = st.integers(0, 2**63 - 1) | odd
+temperatures = st.floats(0, 9) | st.floats() | odd
+
+
+def is_whole(value, low):
+    """Whether an option takes this as a whole number from `low` to 2^63 - 1."""
+    try:
+        return low <= int(value) < 2**63
+    except ValueError:
+        return False
+
+
+def is_temperature(value):
+    try:
+        return float(value) >= 0
+    except ValueError:
+        return False
+
+
+@given(
+    prompt=known_text | any_text,
+    tokens=st.integers(1, 12) | odd,
+    temperature=temperatures,
+    top_k=st.none() | counts,
+    seed=numbers,
+    precision=st.sampled_from(["stored", "float32"]),
+)
+@example(prompt="-e", tokens=1, temperature=5e-324, top_k=1, seed=0, precision="stored")
+@example(prompt="é€😀", tokens=9, temperature=float("inf"), top_k=None, seed=0, precision="stored")
+def test_every_option_of_sample_does_what_it_says_or_is_refused(
+    main, weights, prompt, tokens, temperature, top_k, seed, precision
+):
+    options = {"prompt": prompt, "tokens": tokens, "temperature": temperature, "top-k": top_k}
+    options |= {"seed": seed, "precision": precision}
+    args = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    stdin = b"ab"  # what is read where the prompt is a dash
+    status, out, err = main("sample", "--weights", weights, *args, stdin=stdin)
+    prompt = "ab" if prompt == "-" else prompt
+    fits = set(prompt) <= set(VOCAB) and is_temperature(temperature) and is_whole(tokens, 1)
+    fits = fits and is_whole(seed, 0) and (top_k is None or is_whole(top_k, 1))
+    assert err.count("\n") == 1
+    if not fits:
+        assert (status, out) == (2, "") and err.startswith("error: ")
+        return
+    assert status == 0 and out.startswith(prompt) and len(out) == len(prompt) + int(tokens)
+    assert set(out) <= set(VOCAB)
+    assert main("sample", "--weights", weights, *args, stdin=stdin)[1] == out
+
+
+@given(samples=st.integers(1, 5), prompt=known_text, tokens=st.integers(1, 20))
+def test_several_texts_each_continue_the_prompt(main, weights, samples, prompt, tokens):
+    options = "--weights", weights, f"--prompt={prompt}", "--tokens", tokens
+    status, out, _ = main("sample", *options, "--samples", samples)
+    texts = out.split("\n" + 40 * "-" + "\n") if samples > 1 else [out]
+    assert status == 0 and len(texts) == samples
+    assert all(text.startswith(prompt) and len(text) == len(prompt) + tokens for text in texts)
+
+
+# --------------------------------------------------------------------------------------- texts
+
+
+@settings(max_examples=15)
+@given(text=st.text(min_size=60, max_size=300), encoding=st.sampled_from(["utf-8", "utf-8-sig"]))
+@example(text="a" * 100, encoding="utf-8")
+@example(text="one very long line " * 5000, encoding="utf-8")
+@example(text="😀 and é and\r\n" * 20, encoding="utf-8-sig")
+@example(text="\ufeff\r\r\n\0\x1b[31m\u2028" * 20, encoding="utf-8")
+def test_any_text_is_grown_on_or_refused(gpt, main, tmp_path_factory, text, encoding):
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "text.txt").write_bytes(text.encode(encoding))
+    status, out, err = main("--input", folder / "text.txt", "--steps", 1, "--out", folder)
+    # A mark at the beginning says how the text is encoded, and is no part of it.
+    text = text.removeprefix("\ufeff" if encoding == "utf-8" else "").replace("\r\n", "\n")
+    assert err.count("\n") == 1
+    if len(text) < 81:
+        assert (status, out) == (2, "") and "too few" in err
+        return
+    vocab = "".join(sorted(set(text)))
+    assert status == 0 and f"{len(text):,} characters, {len(vocab)} of them distinct" in out
+    assert len(out.split("last model:\n\n")[1]) == 501
+    assert gpt.load(folder / "one-block.pt")[1] == vocab
+    options = "--weights", folder / "one-block.pt", "--input", folder / "text.txt"
+    status, out, err = main("evaluate", *options)
+    losses = [line.split()[1:] for line in out.splitlines()[1:]]
+    assert status == 0 and err == "" and all(measured == kept for measured, kept in losses)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437"])
+def test_a_terminal_that_lacks_characters_shows_something_else(main, weights, tmp_path, encoding):
+    text, prompt = tmp_path / "Bücher €.txt", "abé€😀"
+    text.write_text("Zoë paid 5 € for 😀 \x1a\n" * 20, encoding="utf-8")
+    options = "--weights", weights, "--prompt", prompt, "--tokens", 90
+    status, out, _ = main("sample", *options, encoding=encoding)
+    assert status == 0 and len(out) == len(prompt) + 90
+    assert out.startswith(prompt.encode(encoding, "replace").decode(encoding))
+    assert main("sample", *options, "--samples", 2, encoding=encoding)[0] == 0
+    status, out, err = main("sample", "--weights", weights, "--prompt", "Ж", encoding=encoding)
+    assert (status, out) == (2, "") and "never saw '\\u0416'" in err
+    options = "--steps", 1, "--out", tmp_path
+    assert main("--input", text, *options, encoding=encoding)[0] == 0
+    options = "--weights", tmp_path / "one-block.pt"
+    assert main("evaluate", *options, "--input", text, encoding=encoding)[0] == 0
+
+
+def test_the_encoding_of_the_environment_is_the_terminal_s(weights):
+    command = [sys.executable, SCRIPT, "sample", "--weights", weights, "--prompt", "a€"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, env=environment, timeout=60)
+    assert result.returncode == 0 and result.stdout.startswith(b"a?")
