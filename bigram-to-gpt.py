@@ -603,7 +603,7 @@ def grow(args):
         notice(f"WARNING: growing on {MORE} instead, which our large model wrote: other losses;")
         notice(f"WARNING: to evaluate this model later, say --input {MORE}")
         args.input, text = MORE, read_text(MORE)
-    vocab, block_size = "".join(sorted(set(text))), Config.block_size
+    vocab, block_size, name = "".join(sorted(set(text))), Config.block_size, args.input.name
     many = f"{args.input} has {len(vocab):,} distinct characters"
     require(len(vocab) <= 10_000, f"{many}: give a text of 10,000 at most")
     data, val_data = (encode(part, vocab) for part in split(text, block_size, args.input))
@@ -615,7 +615,7 @@ def grow(args):
         taken = path.is_dir() or (path.exists() and path.samefile(args.input))
         require(not taken, f"{path} is a directory or the text itself: name another --out")
 
-    print(f"{args.input.name}: {len(text):,} characters, {len(vocab)} of them distinct;", end=" ")
+    print(f"{name}: {len(text):,} characters, {len(vocab)} of them distinct;", end=" ")
     print(f"{len(data):,} to train on, {len(val_data):,} to validate on\n")
     row = "{:15} {:33} {:>10} {:>8} {:>11} {:>10} {:>8}".format
     print(row("rung", "adds", "parameters", "train", "validation", "bits/char", "seconds"))
@@ -624,7 +624,7 @@ def grow(args):
     print(row("0 counting", "pairs counted, no training", "", *losses, "", ""))
 
     config, seed = Config(len(vocab)), args.seed
-    titles = [f"{i} {name}" for i, (name, _, _) in enumerate(RUNGS, start=1)]
+    titles = [f"{i} {rung}" for i, (rung, _, _) in enumerate(RUNGS, start=1)]
     models = [initialize(build(config), seed) for _, _, build in RUNGS]
 
     def grow_rung(title, model):
@@ -645,24 +645,24 @@ def grow(args):
         losses = map("{:.4f}".format, (train_loss, val_loss, val_loss / math.log(2)))
         tqdm.write(row(title, adds, parameters, *losses, f"{seconds:.1f}"))
         grown.append((title, curve, train_loss, val_loss))
+    from matplotlib.figure import Figure  # while Ctrl-C still ends us, not some import halfway
+
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     training = {"step": step, "train_loss": train_loss, "val_loss": val_loss, "seed": seed}
-    training |= {"device": "cpu", "torch": str(torch.__version__), "text": args.input.name}
+    training |= {"device": "cpu", "torch": str(torch.__version__), "text": name}
     save(weights_path, model, vocab, training)
-    draw(picture_path, grown, counted[1], args.input.name)
+    draw(Figure(figsize=(10, 5), layout="constrained"), picture_path, grown, counted[1], name)
     notice(f"wrote {weights_path} and {picture_path}")
     generator = torch.Generator().manual_seed(seed)
     ids = generate(model, torch.zeros(1, 1, dtype=torch.long), 500, generator=generator)
     print("\n500 characters from the last model:\n\n" + decode(ids, vocab))
 
 
-def draw(path, grown, counted, name):
+def draw(figure, path, grown, counted, name):
     """Save the picture: validation losses during training, in the legend those of what is kept."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     label = f"{counted:.3f}  bigrams counted"
     axes.axhline(counted, linestyle="--", color="grey", linewidth=1, label=label)
@@ -676,7 +676,8 @@ def draw(path, grown, counted, name):
     axes.set(xlabel="iteration", ylabel="validation loss (nats per character)")
     axes.set_title(f"Growing on {name.encode(errors='replace').decode()}", parse_math=False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    with warnings.catch_warnings(action="ignore"):  # a name may have characters that no font has
+        figure.savefig(buffer, format="png", dpi=150)
     write(path, buffer.getbuffer())
 
 
@@ -763,18 +764,21 @@ def parse(argv):
         return added.add_argument
 
     natural, seed = number(int, 1), number(int, 0)
-    file, folder = ({"type": Path, "metavar": name} for name in ("FILE", "DIR"))
+    text, folder = (
+        {"type": Path, "metavar": "FILE", "default": TEXT},
+        {"type": Path, "metavar": "DIR"},
+    )
+    weights = text | {"default": WEIGHTS, "help": f"ours, or the lecture's ({WEIGHTS.name})"}
 
     option = action(grow, "train five models: a table, growth.png, one-block.pt and a sample")
-    option("--input", **file, default=TEXT, help="your own UTF-8 text (default: Tiny Shakespeare)")
+    option("--input", **text, help="your own UTF-8 text (default: Tiny Shakespeare)")
     option("--steps", metavar="N", type=natural, default=3000, help="iterations per model (3000)")
     option("--seed", metavar="N", type=seed, default=1337, help="fixes losses and sample (1337)")
     option("--out", **folder, default=Path(), help="where the two files go (current directory)")
 
     option = action(sample, "continue a prompt on stdout")
-    option("--weights", **file, default=WEIGHTS, help=f"the checkpoint ({WEIGHTS.name})")
-    option("--input", **file, default=TEXT,
-           help="the text of weights that lack a vocabulary (Tiny Shakespeare)")  # fmt: skip
+    option("--weights", **weights)
+    option("--input", **text, help="what the lecture's weights were trained on (Tiny Shakespeare)")
     option("--prompt", metavar="TEXT", default="", help="what to continue; - reads it from stdin")
     option("--tokens", metavar="N", type=natural, default=500, help="how many characters (500)")
     option("--temperature", metavar="F", type=number(float, 0, math.inf), default=1.0,
@@ -786,8 +790,8 @@ def parse(argv):
            help="of the linear layers: as in the file (stored), or float32")  # fmt: skip
 
     option = action(evaluate, "print a checkpoint's exact train and validation loss on a text")
-    option("--weights", **file, default=WEIGHTS, help=f"the checkpoint ({WEIGHTS.name})")
-    option("--input", **file, default=TEXT, help="the UTF-8 text (default: Tiny Shakespeare)")
+    option("--weights", **weights)
+    option("--input", **text, help="the UTF-8 text (default: Tiny Shakespeare)")
     return parser.parse_args(argv)
 
 

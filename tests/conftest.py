@@ -5,6 +5,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads share busy cores better
+
 import pytest
 import torch
 from hypothesis import settings

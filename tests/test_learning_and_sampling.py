@@ -170,6 +170,7 @@ def test_float16_weights_of_linear_layers_stay_so_and_round_single_rows_alone(gp
         torch.testing.assert_close(module(row), float16_product(module, row), rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not (SCRIPT.parent / "input.txt").exists(), reason="the text is not there")
 def test_float16_costs_less_than_0_002(gpt, monkeypatch, all_cores):
     """Whole windows at once, in each layer as if every position came by itself."""
