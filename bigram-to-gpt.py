@@ -125,7 +125,7 @@ def fetch_text(path, url=URL, sha256=SHA256, patience=120):
     try:
         content = ThreadPoolExecutor().submit(download).result(patience)
     except (OSError, HTTPException) as error:
-        reason = str(error) or f"not here after {patience} seconds"
+        reason = str(getattr(error, "reason", error)) or f"not here after {patience} seconds"
         raise NotFetched(f"cannot fetch {url} ({reason}): {remedy}") from None
     right = hashlib.sha256(content).hexdigest() == sha256
     require(right, f"{url} sent {len(content):,} bytes of another digest: {remedy}")
@@ -290,11 +290,11 @@ def gpt(config):
 
 
 RUNGS = (  # name, the idea that it adds, its model
-    ("bigram", "logits looked up in a table", lambda c: nn.Embedding(c.vocab_size, c.vocab_size)),
-    ("position", "embeddings of token and position", Model),
+    ("bigram", "a table of logits", lambda c: nn.Embedding(c.vocab_size, c.vocab_size)),
+    ("position", "token and position embedded", Model),
     ("attention", "positions talk", lambda c: Model(c, [CausalSelfAttention])),
     ("feed-forward", "positions think", lambda c: Model(c, [CausalSelfAttention, FeedForward])),
-    ("block", "residual connections, LayerNorm", gpt),
+    ("block", "residuals and LayerNorm", gpt),
 )
 
 
@@ -407,28 +407,71 @@ def save(path, model, vocab, training):
     write(path, buffer.getbuffer())
 
 
+def check_pickle(pickled):
+    """UserError if a pickle is more than the tensors and plain types that a checkpoint needs.
+
+    weights_only keeps code from running. This keeps bytearray(10**12) from being made, and keys
+    from being tuples of tuples, whose hashes could take for ever. It follows the unpickler's stack.
+    """
+    plain = r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch [A-Z]\w+Storage"
+    stack, marks, memo = [], [], {}  # for each value, what made it of which argument and values
+    for operation, argument, _ in pickletools.genops(pickled):
+        name, before = operation.name, operation.stack_before
+        if name.endswith("PUT"):
+            memo[argument] = stack[-1]
+            continue
+        if name.endswith("GET"):
+            stack.append(memo[argument])
+            continue
+        start = len(stack) - len(before)
+        if name == "MARK":
+            marks.append(start)
+        elif pickletools.markobject in before:
+            start = marks.pop() - before.index(pickletools.markobject)
+        taken = [value for value in stack[start:] if value[0] != "MARK"]
+        hashed = taken[1::2] if "SETITEM" in name else taken[0][2] if name == "BINPERSID" else []
+        fits = name != "NEWOBJ" and not any(values for _, _, values in hashed)
+        if name == "GLOBAL":
+            fits = re.fullmatch(plain, argument)
+        elif name == "REDUCE" and "Dict" in taken[0][1]:
+            fits = not taken[1][2]  # the dict begins empty
+        more = f"it holds more than tensors and plain types ({argument or name})"
+        require(fits, f"{more}: save the state_dict alone")
+        stack[start:] = [(name, argument, taken)] * len(operation.stack_after)
+
+
 def unpickle(content):
     """The dict in the bytes of a file by torch.save, or an exception. No code in it runs."""
-    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(io.BytesIO(content)) as archive:
-        stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
-        require(stored and archive.testzip() is None, "it is damaged or compressed")
-        [pickled] = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-        operations = pickletools.genops(archive.read(pickled))
-        called = [name for operation, name, _ in operations if operation.name == "GLOBAL"]
-        # weights_only keeps code from running, but not bytearray(10**12), say, from being made.
-        plain = r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch [A-Z]\w+Storage"
-        more = [name for name in called if not re.fullmatch(plain, name)]
-        require(not more, f"it holds more than tensors and plain types: {more[:1]}")
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    usual = r"[^/]+/(data/\d+|data\.pkl|\.data/[a-z_]+|\.?[a-z_]+)"  # torch ignores case
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        names = archive.namelist()
+        whole = sum(part.file_size for part in archive.infolist()) <= len(content)
+        whole = whole and all(re.fullmatch(usual, name) for name in names)
+        whole = whole and archive.testzip() is None
+        require(whole, "it is damaged, compressed, or not by torch.save")
+        [pickled] = [name for name in names if name.endswith("/data.pkl")]
+        check_pickle(archive.read(pickled))
+    checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     require(isinstance(checkpoint, dict), "it is not a dict")
     return checkpoint
+
+
+def check_tensors(weights, file_size):
+    """UserError unless these are tensors of floats that fit in a file of so many bytes."""
+    claimed = 0
+    for name, tensor in weights.items():
+        floats = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        require(floats, f"{name} is not a tensor of floats")
+        claimed += math.prod(tensor.shape) * tensor.itemsize
+    # Twice, since two names may share a tensor.
+    require(claimed <= 2 * file_size, "its tensors claim to be larger than the file")
 
 
 def build(config, weights):
     """The GPT of these sizes and weights, in float32 and eval mode, if they fit and are sane."""
     V, T, L, C = config.vocab_size, config.block_size, config.n_layer, config.n_embd
     wanted, found = (2 * V + T + 12 * L * C) * C, sum(tensor.numel() for tensor in weights.values())
-    require(wanted <= 4 * found, "its config asks for many more weights than it has")
+    require(wanted <= 2 * found, "its config asks for many more weights than it has")
     model = gpt(config)  # on the meta device this would take a second, to import half of torch
     model.load_state_dict(weights, assign=True)  # a RuntimeError names what does not fit
     model.float()
@@ -438,8 +481,6 @@ def build(config, weights):
 
 
 LECTURE = {  # what the lecture's GPTLanguageModel calls the parts, and what they are called here
-    "_orig_mod.": "",  # from a compiled model
-    "module.": "",  # from a parallel one
     "token_embedding_table.": "token_embedding.",
     "position_embedding_table.": "position_embedding.",
     ".sa.proj.": ".attention.proj.",
@@ -448,31 +489,43 @@ LECTURE = {  # what the lecture's GPTLanguageModel calls the parts, and what the
 }
 
 
+def lecture_part(checkpoint):
+    """The state_dict of a GPTLanguageModel that a dict is or holds, without masks and prefixes."""
+    table = "token_embedding_table.weight"
+    parts = [part for part in (checkpoint, *checkpoint.values()) if isinstance(part, dict)]
+    for part in parts:
+        for found in map(str, part):
+            if found.endswith(table):
+                before = found.removesuffix(table)  # "module." of a parallel model, for instance
+                return {str(name).removeprefix(before): tensor for name, tensor in part.items()
+                        if not str(name).endswith(".tril")}  # fmt: skip
+    wanted = "neither ours (config, vocab, model, training) nor the lecture's GPTLanguageModel"
+    raise UserError(f"{wanted}: it has {list(max(parts, key=len))[:3]}")
+
+
 def from_lecture(weights):
     """The config of a GPTLanguageModel, and its weights in our names, heads in one matrix."""
     renamed, nothing = {}, torch.empty(0)
     for name, tensor in weights.items():
         for theirs, ours in LECTURE.items():
             name = name.replace(theirs, ours)
-        if not name.endswith(".tril"):  # a head's table of what it may look at
-            renamed[name] = tensor
+        renamed[name] = tensor
     tables = [renamed.get(f"{kind}_embedding.weight", nothing) for kind in ("token", "position")]
-    theirs = sum("embedding_table" in name for name in weights) == 2
-    wanted = "neither ours (config, vocab, model, training) nor the lecture's GPTLanguageModel"
-    require(theirs and tables[0].dim() == tables[1].dim() == 2, f"{wanted}: {list(weights)[:3]}")
+    two = all(table.dim() == 2 for table in tables)
+    require(two, "token_embedding_table and position_embedding_table are not two tables")
     (V, C), T = tables[0].shape, len(tables[1])
     n_layer = len({name.split(".")[1] for name in renamed if name.startswith("blocks.")})
     heads = {name.split(".")[4] for name in renamed if name.startswith("blocks.0.sa.heads.")}
     n_head = max(1, len(heads))
     config = Config(V, T, n_layer, n_head, C)
     for n in range(n_layer):
-        parts = []  # (C / n_head, C) each
-        for kind in ("query", "key", "value"):
-            for name in (f"blocks.{n}.sa.heads.{m}.{kind}.weight" for m in range(n_head)):
-                parts.append(renamed.pop(name, nothing))
-                fits = parts[-1].shape == (C // n_head, C)
-                require(fits, f"{name} is missing, or not {C // n_head} x {C}")
-        renamed[f"blocks.{n}.attention.qkv.weight"] = torch.cat(parts)  # (3 C, C)
+        names = [f"blocks.{n}.sa.heads.{m}.{kind}.weight"
+                 for kind in ("query", "key", "value") for m in range(n_head)]  # fmt: skip
+        for name in names:
+            fits = renamed.get(name, nothing).shape == (C // n_head, C)
+            require(fits, f"{name} is missing, or not {C // n_head} x {C}")
+        stacked = torch.cat([renamed.pop(name) for name in names])  # (3 C, C)
+        renamed[f"blocks.{n}.attention.qkv.weight"] = stacked
     return config, renamed
 
 
@@ -480,40 +533,17 @@ def with_its_scale(model, data):
     """A model of the lecture with queries as its own code scales them, judged by ids, (N,).
 
     The first code of the lecture, which many typed, divides scores by the root of n_embd; the later
-    one, as ours, by that of head_size. Weights do not tell which, but a text that they predict.
+    one, as ours, by that of head_size. Weights do not tell which, but a text that they know does.
     """
     config, other = model.config, copy.deepcopy(model)
     for block in other.blocks:
         block.attention.qkv.weight.data[: config.n_embd] /= math.sqrt(config.n_head)
-    later, first = (exact_loss(either, data, config.block_size) for either in (model, other))
-    if first > min(later, math.log(config.vocab_size)) - 0.02:
+    window = min(config.block_size, 256)
+    later, first = (exact_loss(either, data, window) for either in (model, other))
+    if first > min(later - 0.001, 0.8 * math.log(config.vocab_size)):
         return model
     notice("scores are divided by the root of n_embd, as in the first code of the lecture")
     return other
-
-
-def parts_of(checkpoint, file_size):
-    """The config, vocabulary, weights and training in a checkpoint, ours or the lecture's."""
-    ours = {"config", "vocab", "model", "training"} <= checkpoint.keys()
-    weights = checkpoint["model"] if ours else {}
-    if not ours:  # a state_dict, bare or within: the dict with the most tensors
-        for part in (checkpoint, *checkpoint.values()):
-            if isinstance(part, dict):
-                tensors = {str(k): v for k, v in part.items() if isinstance(v, torch.Tensor)}
-                weights = max(weights, tensors, key=len)
-    for name, tensor in weights.items():
-        floats = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-        require(floats, f"{name} is not a tensor of floats")
-    claimed = sum(tensor.nbytes for tensor in weights.values())
-    enough = claimed <= 2 * file_size  # some may be stored once and used twice
-    require(enough, "its tensors claim to be larger than the file")
-    if not ours:
-        config, weights = from_lecture(weights)
-        return config, None, weights, {}
-    config, vocab = Config(**checkpoint["config"]), checkpoint["vocab"]
-    in_order = vocab == "".join(sorted(set(vocab))) and len(vocab) == config.vocab_size
-    require(in_order, "its vocabulary is not vocab_size characters in order")
-    return config, vocab, weights, dict(checkpoint["training"])
 
 
 def load(path, text_path=TEXT):
@@ -528,24 +558,36 @@ def load(path, text_path=TEXT):
     require(path.stat().st_size <= 1 << 32, f"{path} is too large for a checkpoint: {made}")
     content = path.read_bytes()
     try:
-        config, vocab, weights, training = parts_of(unpickle(content), len(content))
+        checkpoint = unpickle(content)
+        ours = {"config", "vocab", "model", "training"} <= checkpoint.keys()
+        weights = checkpoint["model"] if ours else lecture_part(checkpoint)
+        check_tensors(weights, len(content))
+        if ours:
+            config, vocab = Config(**checkpoint["config"]), checkpoint["vocab"]
+            training = checkpoint["training"]
+            in_order = vocab == "".join(sorted(set(vocab))) and len(vocab) == config.vocab_size
+            require(in_order, "its vocabulary is not vocab_size characters in order")
+            require(isinstance(training, dict), "its training is not a dict")
+        else:
+            config, weights = from_lecture(weights)
         model = build(config, weights)
     except Exception as error:  # a damaged file makes torch.load raise almost anything
-        reason = "torch.save did not write it, or it lacks a part"
+        reason = "it is damaged, or not as torch.save writes it"
         if isinstance(error, UserError) or re.search("state_dict|Config", str(error)):
             reason = str(error)[:300]
-        raise UserError(f"{path} is no checkpoint: {reason}; {made}") from None
-    if vocab is None:
-        text = read_text(text_path)
-        vocab = "".join(sorted(set(text)))
-        differ = f"{path} knows {config.vocab_size} characters, {text_path} has {len(vocab)}"
-        require(len(vocab) == config.vocab_size, f"{differ}: give it its text as --input")
+        raise UserError(f"{path} is no checkpoint: {reason}; name another") from None
+    if ours:
+        if all(tensor.dtype == torch.float16 for tensor in weights.values()):
+            model.apply(lambda module: module.half() if isinstance(module, Linear) else module)
+        return model, vocab, training
+    read_text(text_path)  # which may have to be fetched first
+    text = text_path.read_text(encoding="utf-8")  # as in the lecture: a byte-order mark stays
+    vocab = "".join(sorted(set(text)))
+    differ = f"{path} knows {config.vocab_size} characters, {text_path} has {len(vocab)}"
+    require(len(vocab) == config.vocab_size, f"{differ}: give it its text as --input")
+    if len(text) > 1:
         model = with_its_scale(model, encode(text[:5000], vocab))
-    elif all(tensor.dtype == torch.float16 for tensor in weights.values()):
-        for module in model.modules():
-            if isinstance(module, Linear):
-                module.half()
-    return model, vocab, training
+    return model, vocab, {}
 
 
 # -------------------------------------------------------------------------------------- generation
@@ -615,13 +657,13 @@ def grow(args):
         taken = path.is_dir() or (path.exists() and path.samefile(args.input))
         require(not taken, f"{path} is a directory or the text itself: name another --out")
 
-    print(f"{name}: {len(text):,} characters, {len(vocab)} of them distinct;", end=" ")
+    print(f"{name}: {len(text):,} characters, {len(vocab)} of them distinct;")
     print(f"{len(data):,} to train on, {len(val_data):,} to validate on\n")
-    row = "{:15} {:33} {:>10} {:>8} {:>11} {:>10} {:>8}".format
-    print(row("rung", "adds", "parameters", "train", "validation", "bits/char", "seconds"))
+    row = "{:14} {:27} {:>6} {:>6} {:>6} {:>9} {:>4}".format
+    print(row("rung", "adds", "params", "train", "val", "bits/char", "secs"))
     counted = counted_bigram(data, val_data, len(vocab))
     losses = map("{:.4f}".format, counted)
-    print(row("0 counting", "pairs counted, no training", "", *losses, "", ""))
+    print(row("0 counting", "pairs counted, not trained", "", *losses, "", ""))
 
     config, seed = Config(len(vocab)), args.seed
     titles = [f"{i} {rung}" for i, (rung, _, _) in enumerate(RUNGS, start=1)]
@@ -681,13 +723,18 @@ def draw(figure, path, grown, counted, name):
     write(path, buffer.getbuffer())
 
 
+def settle_threads(model):
+    """One thread for a small model: its work is sooner done than divided among busy cores."""
+    if sum(parameter.numel() for parameter in model.parameters()) < 1_000_000:
+        torch.set_num_threads(1)
+
+
 def sample(args):
     """Continue the prompt on stdout: one text as it is drawn, or several, drawn as one batch."""
     model, vocab, _ = load(args.weights, args.input)
+    settle_threads(model)
     if args.precision == "float32" or args.samples > 1:
         model.float()  # several texts would gain nothing from float16
-    if sum(parameter.numel() for parameter in model.parameters()) < 1_000_000:
-        torch.set_num_threads(1)  # so little work is sooner done than divided
     prompt = args.prompt
     if prompt == "-":
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace", newline=None)
@@ -711,6 +758,8 @@ def sample(args):
             print(f"\n{'-' * 40}\n".join(texts), end="", flush=True)
     if sys.stdout.isatty():
         print()
+    elif sys.stderr.isatty():
+        notice("")
     precision = str(model.lm_head.weight.dtype).removeprefix("torch.")
     notice(f"{speed:,.0f} characters per second in {precision}, seed {seed}")
 
@@ -720,6 +769,7 @@ def evaluate(args):
     from tqdm import tqdm
 
     model, vocab, training = load(args.weights, args.input)
+    settle_threads(model)
     model, block_size = model.float(), model.config.block_size
     parts = split(read_text(args.input), block_size, args.input)
     splits = [encode(part, vocab) for part in parts]
@@ -733,7 +783,8 @@ def evaluate(args):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message} (see {self.prog} --help)")
+        hint = "; before a dash, put =" if "expected one argument" in message else ""
+        raise UserError(f"{message}{hint} (see {self.prog} --help)")
 
 
 def number(kind, low, high=2**63 - 1):
@@ -815,7 +866,8 @@ def main(argv):
         if isinstance(error, OSError):
             file, reason = error.filename or "stdout", error.strerror or error
             error = f"cannot use {file}: {reason}; name another"
-        notice(" ".join(["error:", *str(error).split()]))
+        line = " ".join(["error:", *str(error).split()])
+        notice("".join(c if c.isprintable() else "?" for c in line))
         return 2
     return 0
 

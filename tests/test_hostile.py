@@ -111,7 +111,7 @@ def other_tensor(rng, tensor):
         lambda t: t[:1], lambda t: t[None], lambda t: t.flatten(), lambda t: torch.cat((t, t)),
         lambda t: t.long(), lambda t: t.bool(), lambda t: t.half(), lambda t: t.double(),
         lambda t: t.bfloat16(), lambda t: t.cfloat(), lambda t: t.to_sparse(), lambda t: -t,
-        lambda t: t.to("meta"), lambda t: t.new_zeros(1).expand(1 << 40), lambda t: t[:0],
+        lambda t: t.to("meta"), lambda t: t.new_zeros(1).expand(1 << 61), lambda t: t[:0],
         lambda t: t.new_zeros(()).expand(t.shape), lambda t: t.flip(0), lambda t: t[..., ::2],
         lambda t: t.new_zeros(1, 1).expand(1 << 16, 1 << 16), lambda t: torch.nn.Parameter(t),
     ])(tensor)  # fmt: skip
@@ -187,6 +187,37 @@ def mutation(seed, good, folder):
         return saved(checkpoint)
     except (AttributeError, TypeError, pickle.PicklingError, UnicodeEncodeError):
         return b""  # torch.save refuses it
+
+
+DEEP = b"X\1\0\0\0a" + 10**6 * b"\x85"  # a tuple that holds a tuple, and so on: a hash recurses
+WIDE = b"X\1\0\0\0a" + 60 * b"q\0h\0\x86"  # each tuple twice in the next: a hash takes 2^60 steps
+STORAGE = b"(X\7\0\0\0storagectorch\nFloatStorage\n%sX\3\0\0\0cpuK\1tQ"
+PICKLES = {
+    "a deep key": b"}(" + DEEP + b"K\1u",
+    "a wide key": b"}" + WIDE + b"K\1s",
+    "a wide key of a list of pairs": b"ccollections\nOrderedDict\n](" + WIDE + b"K\1\x86ae\x85R",
+    "a wide name of a storage": STORAGE % WIDE,
+    "a new object": b"ccollections\nOrderedDict\n)\x81",
+    "a claim of memory": b"cbuiltins\nbytearray\nJ\0\0\0\x70\x85R",
+    "a name by stack": b"X\2\0\0\0osX\6\0\0\0system\x93",
+    "a function": b"cposix\nsystem\nX\4\0\0\0exit\x85R",
+    "nothing on the stack": b"s",
+}
+
+
+@pytest.mark.parametrize("hostile", PICKLES.values(), ids=PICKLES)
+def test_pickles_made_by_hand_are_refused_at_once(main, tmp_path, hostile):
+    path = tmp_path / "hostile.pt"
+    for name in ("a/data.pkl", "a/DATA.PKL"):  # torch ignores case
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(name, b"\x80\2" + hostile + b".")
+            archive.writestr("a/version", b"3\n")
+            if name != "a/data.pkl":
+                archive.writestr("a/data.pkl", b"\x80\2}.")
+        before = peak_memory()
+        status, out, err = main("sample", "--weights", path)
+        assert (status, out) == (2, "") and "is no checkpoint" in err and err.count("\n") == 1
+        assert peak_memory() - before < 300e6
 
 
 def peak_memory():

@@ -71,6 +71,9 @@ WRAPPED = {
     "in a dict": lambda weights: {"step": 7, "loss": torch.ones(1), "model_state_dict": weights},
     "compiled": lambda weights: {f"_orig_mod.{name}": value for name, value in weights.items()},
     "parallel": lambda weights: {f"module.{name}": value for name, value in weights.items()},
+    "wrapped": lambda weights: {f"net.model.{name}": value for name, value in weights.items()},
+    "bool masks": lambda weights: {k: v.bool() if "tril" in k else v for k, v in weights.items()},
+    "losses": lambda weights: {"model": weights, "losses": {i: torch.ones(1) for i in range(999)}},
     "both": lambda weights: {f"module._orig_mod.{k}": value for k, value in weights.items()},
     "float16": lambda weights: {name: value.half() for name, value in weights.items()},
     "float64": lambda weights: {name: value.double() for name, value in weights.items()},
@@ -145,9 +148,9 @@ def others(weights):
     """State dicts that do not fit, each under what should be said of it."""
     yield "transformer.wte.weight", {"transformer.wte.weight": torch.ones(9, 4), "n": torch.ones(1)}
     yield "neither ours", {"step": 3}
-    yield "neither ours", {"token_embedding_table.weight": torch.ones(65, 65)}  # its bigram
+    yield "not two tables", {"token_embedding_table.weight": torch.ones(65, 65)}  # its bigram
     table = {"token_embedding_table.weight": torch.ones(65)}
-    yield "neither ours", weights | table
+    yield "not two tables", weights | table
     lacking = {name: value for name, value in weights.items() if "heads.1.key" not in name}
     yield "blocks.0.sa.heads.1.key.weight is missing, or not 8 x 32", lacking
     fused = {name: value for name, value in weights.items() if "heads" not in name}

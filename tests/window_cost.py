@@ -40,7 +40,7 @@ if __name__ == "__main__":
     parser.add_argument("--characters", type=int, help="look at the first N only")
     args = parser.parse_args()
     try:
-        model, vocab, _ = gpt.load(args.weights)
+        model, vocab, _ = gpt.load(args.weights, args.input)
         _, val = gpt.split(gpt.read_text(args.input), model.config.block_size)
         ids = gpt.encode(val[: args.characters], vocab)
     except (gpt.UserError, OSError) as error:
