@@ -443,7 +443,7 @@ def check_pickle(pickled):
 def unpickle(content):
     """The dict in the bytes of a file by torch.save, or an exception. No code in it runs."""
     usual = r"[^/]+/(data/\d+|data\.pkl|\.data/[a-z_]+|\.?[a-z_]+)"  # torch ignores case
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(io.BytesIO(content)) as archive:
         names = archive.namelist()
         whole = sum(part.file_size for part in archive.infolist()) <= len(content)
         whole = whole and all(re.fullmatch(usual, name) for name in names)
@@ -451,7 +451,7 @@ def unpickle(content):
         require(whole, "it is damaged, compressed, or not by torch.save")
         [pickled] = [name for name in names if name.endswith("/data.pkl")]
         check_pickle(archive.read(pickled))
-    checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     require(isinstance(checkpoint, dict), "it is not a dict")
     return checkpoint
 
@@ -815,17 +815,15 @@ def parse(argv):
         return added.add_argument
 
     natural, seed = number(int, 1), number(int, 0)
-    text, folder = (
-        {"type": Path, "metavar": "FILE", "default": TEXT},
-        {"type": Path, "metavar": "DIR"},
-    )
+    text = {"type": Path, "metavar": "FILE", "default": TEXT}
     weights = text | {"default": WEIGHTS, "help": f"ours, or the lecture's ({WEIGHTS.name})"}
 
     option = action(grow, "train five models: a table, growth.png, one-block.pt and a sample")
     option("--input", **text, help="your own UTF-8 text (default: Tiny Shakespeare)")
     option("--steps", metavar="N", type=natural, default=3000, help="iterations per model (3000)")
     option("--seed", metavar="N", type=seed, default=1337, help="fixes losses and sample (1337)")
-    option("--out", **folder, default=Path(), help="where the two files go (current directory)")
+    option("--out", type=Path, metavar="DIR", default=Path(),
+           help="where the two files go (current directory)")  # fmt: skip
 
     option = action(sample, "continue a prompt on stdout")
     option("--weights", **weights)
