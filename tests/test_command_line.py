@@ -206,6 +206,7 @@ def test_ctrl_c_keeps_the_text_that_is_drawn(grown):
         (["--temperature", "-1"], "not a number"),
         (["--temperature", "nan"], "not a number"),
         (["--weights", "none.pt"], "no file of weights none.pt"),
+        (["--prompt", "-x"], "before a dash, put ="),
         (["--nonsense"], "unrecognized"),
     ],
 )
@@ -279,7 +280,7 @@ def test_evaluate_refuses_a_text_that_does_not_fit(grown, refusal, tmp_path):
         assert message in refusal("evaluate", *options)
 
 
-def test_an_output_folder_that_cannot_be_made_is_found_before_training(grown, refusal):
+def test_an_output_folder_that_cannot_be_used_is_found_before_training(grown, refusal, monkeypatch):
     folder, _ = grown
     text = folder / "text.txt"
     assert "Not a directory" in refusal("--input", text, "--out", text / "below")
@@ -288,7 +289,8 @@ def test_an_output_folder_that_cannot_be_made_is_found_before_training(grown, re
     misnamed = Path(shutil.copy(text, folder / "out" / "one-block.pt"))
     assert "or the text itself" in refusal("--input", misnamed, "--out", misnamed.parent)
     assert misnamed.read_bytes() == text.read_bytes()
-    assert "not a whole number" in refusal("--input", text, "--steps", "0")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "is read-only: name another --out" in refusal("--input", text, "--out", folder)
 
 
 class Attack:
