@@ -1,12 +1,18 @@
 """The notebook: its model is the script's, its training survives anything, its outputs are real."""
 
 import ast
+import hashlib
+import io
+import os
 import random
 import re
 import signal
 import subprocess
 import sys
 import textwrap
+import traceback
+import warnings
+from contextlib import redirect_stdout
 from types import SimpleNamespace
 
 import nbformat
@@ -45,6 +51,10 @@ def settings_of(notebook, cuda):
     return names
 
 
+# No window, no network, no more threads than such a small model needs.
+QUIET = {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "https_proxy": "http://127.0.0.1:1"}
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """A function that gives the notebook with a text of our own and small settings, or others."""
@@ -65,8 +75,11 @@ def tiny(tmp_path):
 
 
 @pytest.fixture
-def train(tiny, tmp_path):
-    """A function that runs the cells in a process of its own, with `patch` before the training."""
+def train(tiny, tmp_path, monkeypatch):
+    """A function that runs the cells, with `patch` before the training, and returns what came.
+
+    A patch that could harm this process (it has a signal or a limit) gets a process of its own.
+    """
 
     def run(patch="", again=False, **others):
         sources = code_of(tiny(**others))
@@ -76,11 +89,26 @@ def train(tiny, tmp_path):
         if again:
             first_time = textwrap.indent(sources[place], "    ")
             patch += f"try:\n{first_time}\nexcept KeyboardInterrupt:\n    pass"
-        (tmp_path / "cells.py").write_text("\n".join([*sources[:place], patch, *sources[place:]]))
-        return subprocess.run(
-            [sys.executable, "cells.py"], cwd=tmp_path, capture_output=True, text=True, timeout=100,
-            env={"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "https_proxy": "http://127.0.0.1:1"},
-        )  # fmt: skip
+        source = "\n".join([*sources[:place], patch, *sources[place:]])
+        if "import signal" in patch or "import resource" in patch:
+            (tmp_path / "cells.py").write_text(source)
+            return subprocess.run(
+                [sys.executable, "cells.py"], cwd=tmp_path, capture_output=True, text=True,
+                timeout=100, env=QUIET,
+            )  # fmt: skip
+        for name, value in QUIET.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(tmp_path)
+        sys.modules["notebook"] = type(sys)("notebook")  # where @dataclass looks
+        stdout, stderr = io.StringIO(), ""
+        with redirect_stdout(stdout), warnings.catch_warnings(action="ignore"):
+            try:
+                exec(compile(source, "cells.py", "exec"), {"__name__": "notebook"})
+            except Exception:
+                stderr = traceback.format_exc()
+        return SimpleNamespace(
+            returncode=int(stderr != ""), stdout=stdout.getvalue(), stderr=stderr
+        )
 
     return run
 
@@ -133,7 +161,10 @@ def test_attention_maps_are_the_weights_with_which_attention_mixes(definitions):
 # ---------------------------------------------------------------------------------------- the whole
 
 
-def test_the_notebook_runs_and_the_script_loads_what_it_saves(gpt, tiny, tmp_path, capsys):
+def test_the_notebook_runs_and_the_script_loads_what_it_saves(
+    gpt, tiny, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = tiny()
     notebook.cells.insert(0, nbformat.v4.new_code_cell("import socket\nsocket.getaddrinfo = None"))
     NotebookClient(notebook, timeout=100).execute()
@@ -204,6 +235,47 @@ def test_killed_training_goes_on_to_the_same_result(train, tmp_path):
     torch.testing.assert_close(torch.load(weights)["model"], weights_at_once, rtol=0, atol=0)
 
 
+def test_two_runs_at_once_keep_apart(tiny, tmp_path):
+    runs = []
+    for seed in (1, 2):
+        cells = tmp_path / f"cells-{seed}.py"
+        cells.write_text("\n".join(code_of(tiny(seed=seed))))
+        runs.append(subprocess.Popen([sys.executable, cells], env=QUIET, stdout=subprocess.DEVNULL))
+    assert [run.wait(100) for run in runs] == [0, 0]
+    kept = [torch.load(tmp_path / f"kept/ours-{seed}.pt") for seed in (1, 2)]
+    assert [(run["step"], run["settings"]["seed"]) for run in kept] == [(30, 1), (30, 2)]
+    assert torch.load(tmp_path / "weights.pt")["training"]["seed"] in (1, 2)
+    assert not list(tmp_path.rglob("*.new"))
+
+
+@pytest.mark.long
+def test_fifty_kills_at_random_moments_change_nothing(train, tmp_path):
+    """Among them saves: there is one every five of 2,000 iterations."""
+    kept, often = tmp_path / "kept/ours-1.pt", dict(iterations=2000, eval_interval=5)
+    assert train(**often).returncode == 0
+    at_once = torch.load(kept)
+    kept.unlink()
+    rng, kills = random.Random(0), 0
+    while kills < 50:
+        # The process kills itself: it alone knows when its training has begun.
+        patch = f"""
+import signal, threading
+kill = threading.Timer({rng.uniform(0.001, 0.5)}, os.kill, (os.getpid(), signal.SIGKILL))
+kill.start()
+"""
+        done = train(patch, **often)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        kills += done.returncode != 0
+        for path in tmp_path.rglob("*.pt"):
+            torch.load(path)
+        if kept.exists() and torch.load(kept)["step"] == 2000:
+            break
+    assert kills > 40
+    assert train(**often).returncode == 0
+    for name in ("step", "parts", "losses", "curve", "best", "random"):
+        torch.testing.assert_close(torch.load(kept)[name], at_once[name], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("recipe, precision", [("plain", "float32"), ("ours", "float16")])
 def test_every_recipe_and_precision_learns_and_goes_on(train, tmp_path, recipe, precision):
     choice = dict(recipe=recipe, precision=precision, attention_dropout=0.1)
@@ -262,6 +334,49 @@ def test_without_network_and_text_the_notebook_says_what_is_missing(train, tmp_p
     line = done.stderr.splitlines()[-1]
     assert line.startswith("RuntimeError: cannot fetch https://raw") and "save it as" in line
     assert not list(tmp_path.glob("input*"))
+
+
+def test_a_server_that_misbehaves_leaves_nothing(definitions, server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cell = next(source for source in code_of(read_notebook()) if "def fetch" in source)
+    cell = cell.replace("timeout=120", "timeout=1")
+    cell = re.sub("SHA256 = .*", f'SHA256 = "{hashlib.sha256(b"the text").hexdigest()}"', cell)
+    for page in ("/cut", "/none", "/loop", "/stalled", "/drip", "/text"):
+        names = definitions | {"text_path": "input.txt"}
+        source = re.sub("URL = .*", f'URL = "{server}{page}"', cell)
+        if page == "/text":
+            exec(source, names)
+            assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the text"]
+        else:
+            with pytest.raises(RuntimeError, match="input.txt"):
+                exec(source, names)
+            assert not list(tmp_path.iterdir())
+
+
+FULL_DISK = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+"""
+
+
+def test_a_full_disk_and_a_foreign_file_lose_nothing(train, tmp_path, monkeypatch):
+    assert train(KILLED_AT_STEP.format(15)).returncode == -signal.SIGKILL
+    kept = tmp_path / "kept/ours-1.pt"
+    earlier = kept.read_bytes()
+    done = train(FULL_DISK)
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert "ours-1.pt (File too large): what was there before is intact" in line
+    assert [path.name for path in kept.parent.iterdir()] == ["ours-1.pt"]
+    assert kept.read_bytes() == earlier
+    kept.with_name("plain-1.pt").write_bytes(b"damaged")
+    kept.unlink()  # a checkpoint that vanished: from the start
+    done = train()
+    assert done.returncode == 0, done.stderr
+    assert "left out of the picture" in done.stdout and "stands at" not in done.stdout
+    assert train(n_head=3).stderr.splitlines()[-1].endswith("(32) must be a multiple of n_head (3)")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "kept is read-only: name another folder" in train().stderr
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train, tmp_path):
