@@ -10,7 +10,8 @@ ends at a validation loss of 1.990 (mean of seeds 1, 2, 3); counting bigrams giv
 take 22 seconds on two cores of an AMD EPYC of the Zen 4 generation, imports and picture included.
 
 Losses are in nats per character. Shapes stand at the ends of lines: B sequences of T characters, C
-channels (n_embd) for each, V characters in the vocabulary, S positions that attention can look at.
+channels (n_embd) for each, V characters in the vocabulary, S positions that attention can look at,
+P parameters, N of anything.
 """
 
 import signal
@@ -31,7 +32,7 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from http.client import HTTPException
@@ -73,7 +74,7 @@ def notice(text):
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes that fix the shapes of a model, by default the CPU model's; UserError if absurd."""
+    """The sizes that fix a model's shapes, by default the last rung's; UserError if absurd."""
 
     vocab_size: int
     block_size: int = 8  # the context window, in characters
@@ -87,7 +88,7 @@ class Config:
         numbers = all(type(size) is int for size in sizes) and type(self.dropout) in (int, float)
         require(numbers, "sizes that are not numbers")
         sane = all(1 <= size <= 1 << 16 for size in sizes) and 0 <= self.dropout < 1
-        scores = self.n_head * self.block_size * max(self.block_size, 2048)  # the most at a time
+        scores = self.n_head * self.block_size * max(self.block_size, 2048)  # the most held at once
         sane = sane and self.n_layer <= 1000 and scores <= 1 << 27
         require(sane and self.n_embd % self.n_head == 0, f"sizes that make no sense: {self}")
 
@@ -114,16 +115,13 @@ def write(path, content):
 def fetch_text(path, url=URL, sha256=SHA256, patience=120):
     """Download Tiny Shakespeare to `path`, whole and with the right digest, or raise UserError.
 
-    It is a NotFetched if nothing came within `patience` seconds, not if it was another text.
+    It is a NotFetched if no reply came within `patience` seconds, not if a reply was cut off or is
+    another text. More than 4 MiB, well above its size, are never read.
     """
-
-    def download():
-        with urlopen(url, timeout=30) as response:
-            return response.read(1 << 22)  # well above its size, lest a reply never end
-
+    download = ThreadPoolExecutor().submit(lambda: urlopen(url, timeout=30).read(1 << 22))
     remedy = f"try again, or save it yourself as {path}; its SHA-256 is {sha256}"
     try:
-        content = ThreadPoolExecutor().submit(download).result(patience)
+        content = download.result(patience)
     except (OSError, HTTPException) as error:
         reason = str(getattr(error, "reason", error)) or f"not here after {patience} seconds"
         raise NotFetched(f"cannot fetch {url} ({reason}): {remedy}") from None
@@ -311,28 +309,18 @@ def initialize(model, seed):
 # ------------------------------------------------------------------------------- loss and training
 
 
-@contextmanager
-def evaluating(model):
-    """Dropout is off inside; afterwards the model is in the mode that it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 @torch.inference_mode()
 def exact_loss(model, data, block_size, track=iter):
     """The mean loss, in nats, over every character of `data`, (N,), that has one before it."""
-    size, padding = len(data) - 1, -(len(data) - 1) % block_size
+    size = len(data) - 1
+    padding = -size % block_size
     x = F.pad(data[:-1], (0, padding)).view(-1, block_size)  # (N, T)
     y = F.pad(data[1:], (0, padding), value=-100).view(-1, block_size)  # cross_entropy skips -100
-    rows, total = max(1, 2048 // block_size), 0.0  # more at once would leave a core's own cache
-    with evaluating(model):
-        for inputs, targets in track([*zip(x.split(rows), y.split(rows))]):  # (B, T) each
-            logits = model(inputs).flatten(0, 1)  # (B * T, V)
-            total += F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
+    rows, total = max(1, 2048 // block_size), 0.0  # more would not fit in a core's cache
+    model.eval()
+    for inputs, targets in track([*zip(x.split(rows), y.split(rows))]):  # (B, T) each
+        logits = model(inputs).flatten(0, 1)  # (B * T, V)
+        total += F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
     return total / size
 
 
@@ -376,7 +364,7 @@ def train(model, data, val_data, block_size, steps, seed, track=iter, batch_size
     curve, best_loss, best = [], math.inf, flat.clone()
     all_batches = batches(data, block_size, batch_size, seed)
     for step, (x, y) in zip(track(range(1, steps + 1)), all_batches):
-        logits = model(x)  # (B, T, V)
+        logits = model.train()(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
         grad.zero_()
         loss.backward()
@@ -414,15 +402,12 @@ def check_pickle(pickled):
     from being tuples of tuples, whose hashes could take for ever. It follows the unpickler's stack.
     """
     plain = r"collections OrderedDict|torch._utils _rebuild_tensor_v2|torch [A-Z]\w+Storage"
-    stack, marks, memo = [], [], {}  # for each value, what made it of which argument and values
+    # A value is the operation that made it, its argument, and the values that it took.
+    stack, marks, memo = [], [], {}
     for operation, argument, _ in pickletools.genops(pickled):
         name, before = operation.name, operation.stack_before
         if name.endswith("PUT"):
             memo[argument] = stack[-1]
-            continue
-        if name.endswith("GET"):
-            stack.append(memo[argument])
-            continue
         start = len(stack) - len(before)
         if name == "MARK":
             marks.append(start)
@@ -430,19 +415,21 @@ def check_pickle(pickled):
             start = marks.pop() - before.index(pickletools.markobject)
         taken = [value for value in stack[start:] if value[0] != "MARK"]
         hashed = taken[1::2] if "SETITEM" in name else taken[0][2] if name == "BINPERSID" else []
-        fits = name != "NEWOBJ" and not any(values for _, _, values in hashed)
+        fits = name not in ("NEWOBJ", "STACK_GLOBAL") and not any(values for _, _, values in hashed)
         if name == "GLOBAL":
             fits = re.fullmatch(plain, argument)
         elif name == "REDUCE" and "Dict" in taken[0][1]:
             fits = not taken[1][2]  # the dict begins empty
         more = f"it holds more than tensors and plain types ({argument or name})"
         require(fits, f"{more}: save the state_dict alone")
-        stack[start:] = [(name, argument, taken)] * len(operation.stack_after)
+        made = memo[argument] if name.endswith("GET") else (name, argument, taken)
+        stack[start:] = [made] * len(operation.stack_after)
 
 
 def unpickle(content):
     """The dict in the bytes of a file by torch.save, or an exception. No code in it runs."""
-    usual = r"[^/]+/(data/\d+|data\.pkl|\.data/[a-z_]+|\.?[a-z_]+)"  # torch ignores case
+    usual = r"[^/]+/(data/\d+|data\.pkl|\.data/[a-z_]+|\.?[a-z_]+)"
+    # Lower case only: to torch, DATA.PKL is data.pkl.
     with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(io.BytesIO(content)) as archive:
         names = archive.namelist()
         whole = sum(part.file_size for part in archive.infolist()) <= len(content)
@@ -472,17 +459,16 @@ def build(config, weights):
     V, T, L, C = config.vocab_size, config.block_size, config.n_layer, config.n_embd
     wanted, found = (2 * V + T + 12 * L * C) * C, sum(tensor.numel() for tensor in weights.values())
     require(wanted <= 2 * found, "its config asks for many more weights than it has")
-    model = gpt(config)  # on the meta device this would take a second, to import half of torch
+    model = gpt(config)  # not on the meta device, which takes a second of imports
     model.load_state_dict(weights, assign=True)  # a RuntimeError names what does not fit
     model.float()
-    sane = all((parameter.abs() < 1e4).all() for parameter in model.parameters())  # NaN is not
+    sane = all((parameter.abs() < 1e4).all() for parameter in model.parameters())  # false for NaN
     require(sane, "some of its numbers are enormous, or none at all")
     return model.eval()
 
 
 LECTURE = {  # what the lecture's GPTLanguageModel calls the parts, and what they are called here
-    "token_embedding_table.": "token_embedding.",
-    "position_embedding_table.": "position_embedding.",
+    "_embedding_table.": "_embedding.",
     ".sa.proj.": ".attention.proj.",
     ".ffwd.net.0.": ".feed_forward.up.",
     ".ffwd.net.2.": ".feed_forward.down.",
@@ -604,25 +590,25 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, generator=
     block_size = model.config.block_size
     unread = window = idx[:, -block_size:]  # (B, T)
     caches = [KVCache(len(idx), model.config) for _ in model.blocks]
-    with evaluating(model):
-        for _ in range(max_new_tokens):
-            if caches[0].length == block_size:
-                unread = window[:, -max(1, block_size // 2) :]  # (B, T)
-                for cache in caches:
-                    cache.length = 0
-            logits = model(unread, caches)[:, -1]  # (B, V)
-            require(logits.isfinite().all(), "its numbers overflow: try --precision float32")
-            drawn = choose(logits, temperature, top_k, generator)  # (B, 1)
-            yield drawn[:, 0]
-            window = torch.cat((window, drawn), dim=1)[:, -block_size:]  # (B, T)
-            unread = drawn
+    model.eval()
+    for _ in range(max_new_tokens):
+        if caches[0].length == block_size:
+            unread = window[:, -max(1, block_size // 2) :]  # (B, T)
+            for cache in caches:
+                cache.length = 0
+        logits = model(unread, caches)[:, -1]  # (B, V)
+        require(logits.isfinite().all(), "its numbers overflow: try --precision float32")
+        drawn = choose(logits, temperature, top_k, generator)  # (B, 1)
+        yield drawn[:, 0]
+        window = torch.cat((window, drawn), dim=1)[:, -block_size:]  # (B, T)
+        unread = drawn
 
 
 def choose(logits, temperature, top_k, generator):
     """Draw one id for each row of logits, (B, V) to (B, 1); at temperature 0 take the likeliest."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    top = logits.topk(min(top_k or 1, logits.shape[-1])).values  # (B, k), falling
+    top = logits.topk(min(top_k or 1, logits.shape[-1])).values  # (B, k), in descending order
     scaled = (logits - top[:, :1]).double() / temperature  # at most zero, so that nothing overflows
     if top_k:
         scaled = scaled.masked_fill(logits < top[:, -1:], -math.inf)
@@ -667,7 +653,7 @@ def grow(args):
 
     config, seed = Config(len(vocab)), args.seed
     titles = [f"{i} {rung}" for i, (rung, _, _) in enumerate(RUNGS, start=1)]
-    models = [initialize(build(config), seed) for _, _, build in RUNGS]
+    models = [initialize(make(config), seed) for _, _, make in RUNGS]
 
     def grow_rung(title, model):
         start, bar = time.perf_counter(), partial(tqdm, desc=title, leave=False, disable=None)
