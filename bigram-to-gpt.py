@@ -32,7 +32,7 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from http.client import HTTPException
@@ -309,6 +309,17 @@ def initialize(model, seed):
 # ------------------------------------------------------------------------------- loss and training
 
 
+@contextmanager
+def evaluating(model):
+    """Dropout is off inside; afterwards the model is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.inference_mode()
 def exact_loss(model, data, block_size, track=iter):
     """The mean loss, in nats, over every character of `data`, (N,), that has one before it."""
@@ -317,10 +328,10 @@ def exact_loss(model, data, block_size, track=iter):
     x = F.pad(data[:-1], (0, padding)).view(-1, block_size)  # (N, T)
     y = F.pad(data[1:], (0, padding), value=-100).view(-1, block_size)  # cross_entropy skips -100
     rows, total = max(1, 2048 // block_size), 0.0  # more would not fit in a core's cache
-    model.eval()
-    for inputs, targets in track([*zip(x.split(rows), y.split(rows))]):  # (B, T) each
-        logits = model(inputs).flatten(0, 1)  # (B * T, V)
-        total += F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
+    with evaluating(model):
+        for inputs, targets in track([*zip(x.split(rows), y.split(rows))]):  # (B, T) each
+            logits = model(inputs).flatten(0, 1)  # (B * T, V)
+            total += F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
     return total / size
 
 
@@ -364,7 +375,7 @@ def train(model, data, val_data, block_size, steps, seed, track=iter, batch_size
     curve, best_loss, best = [], math.inf, flat.clone()
     all_batches = batches(data, block_size, batch_size, seed)
     for step, (x, y) in zip(track(range(1, steps + 1)), all_batches):
-        logits = model.train()(x)  # (B, T, V)
+        logits = model(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
         grad.zero_()
         loss.backward()
@@ -590,18 +601,18 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, generator=
     block_size = model.config.block_size
     unread = window = idx[:, -block_size:]  # (B, T)
     caches = [KVCache(len(idx), model.config) for _ in model.blocks]
-    model.eval()
-    for _ in range(max_new_tokens):
-        if caches[0].length == block_size:
-            unread = window[:, -max(1, block_size // 2) :]  # (B, T)
-            for cache in caches:
-                cache.length = 0
-        logits = model(unread, caches)[:, -1]  # (B, V)
-        require(logits.isfinite().all(), "its numbers overflow: try --precision float32")
-        drawn = choose(logits, temperature, top_k, generator)  # (B, 1)
-        yield drawn[:, 0]
-        window = torch.cat((window, drawn), dim=1)[:, -block_size:]  # (B, T)
-        unread = drawn
+    with evaluating(model):
+        for _ in range(max_new_tokens):
+            if caches[0].length == block_size:
+                unread = window[:, -max(1, block_size // 2) :]  # (B, T)
+                for cache in caches:
+                    cache.length = 0
+            logits = model(unread, caches)[:, -1]  # (B, V)
+            require(logits.isfinite().all(), "its numbers overflow: try --precision float32")
+            drawn = choose(logits, temperature, top_k, generator)  # (B, 1)
+            yield drawn[:, 0]
+            window = torch.cat((window, drawn), dim=1)[:, -block_size:]  # (B, T)
+            unread = drawn
 
 
 def choose(logits, temperature, top_k, generator):

@@ -75,7 +75,7 @@ def test_exact_loss_is_the_mean_over_every_character(gpt, tiny, length):
         losses += F.cross_entropy(logits, y, reduction="none").tolist()
     tiny.train()
     assert gpt.exact_loss(tiny, data, 16) == pytest.approx(np.mean(losses), abs=1e-6)
-    assert len(losses) == length - 1
+    assert len(losses) == length - 1 and tiny.training
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def test_cached_sampling_equals_uncached_within_and_beyond_the_window(
     tiny.train()
     cached = gpt.generate(tiny, idx, 50, **options, generator=torch.Generator().manual_seed(2))
     cached = torch.stack(list(cached), dim=1)
-    assert not cached.requires_grad
+    assert tiny.training and not cached.requires_grad
     generator = torch.Generator().manual_seed(2)
     assert torch.equal(cached, uncached(gpt, tiny, idx, 50, **options, generator=generator))
 

@@ -116,3 +116,4 @@ def test_cached_greedy_generation_equals_recomputing_within_the_window(gpt):
     for _ in range(28):
         idx = torch.cat((idx, model(idx)[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
     assert torch.equal(cached, idx[:, 4:])
+    assert model.training
