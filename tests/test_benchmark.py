@@ -54,9 +54,10 @@ def paths(gpt, model, tmp_path):
 
 
 def test_the_table_is_complete(benchmark, paths, capsys):
-    assert benchmark.main(["--quick", "--rounds", "1", *paths]) == 0
+    assert benchmark.main(["--quick", "--rounds", "2", *paths]) == 0
     hardware, rounds, _, *table, _, profile = capsys.readouterr().out.splitlines()
-    assert f"torch {torch.__version__}" in hardware and "GB/s" in hardware and "Rounds: 1;" in rounds
+    assert f"torch {torch.__version__}" in hardware and "GB/s" in hardware
+    assert "Rounds: 2;" in rounds
     figure = r"\d+(\.\d+)?(e-\d+)?"
     assert re.search(f": {figure} ms; its 84 MFLOP .* {figure} ms .* {figure}% of", profile)
     assert len(table) == 2 + 7

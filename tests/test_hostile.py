@@ -153,10 +153,8 @@ def flipped(rng, content):
 
 def rebuilt(rng, content):
     """The archive with bytes flipped in the pickle, where checksums then fit, or compressed."""
-    buffer, compression = (
-        io.BytesIO(),
-        rng.choice([zipfile.ZIP_STORED] * 9 + [zipfile.ZIP_DEFLATED]),
-    )
+    buffer = io.BytesIO()
+    compression = rng.choice([zipfile.ZIP_STORED] * 9 + [zipfile.ZIP_DEFLATED])
     with (
         zipfile.ZipFile(io.BytesIO(content)) as old,
         zipfile.ZipFile(buffer, "w", compression) as new,
