@@ -11,7 +11,6 @@ weights can beat the first). It takes about seven minutes on two cores.
 """
 
 import io
-import json
 import os
 import platform
 import re
@@ -34,7 +33,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
-SCRIPT, NOTEBOOK = HERE / "bigram-to-gpt.py", HERE / "model.ipynb"
+SCRIPT = HERE / "bigram-to-gpt.py"
 
 # ---------------------------------------------------------------------------------- the textbook
 
@@ -116,11 +115,11 @@ class TextbookGPT(nn.Module):
         return logits, F.cross_entropy(logits.view(B * T, V), targets.view(B * T))
 
 
-def textbook_batch(data, block_size, batch_size, device="cpu"):
+def textbook_batch(data, block_size, batch_size):
     starts = torch.randint(len(data) - block_size, (batch_size,))
     x = torch.stack([data[i : i + block_size] for i in starts])  # (B, T)
     y = torch.stack([data[i + 1 : i + block_size + 1] for i in starts])  # (B, T)
-    return x.to(device), y.to(device)
+    return x, y
 
 
 @torch.no_grad()
@@ -137,8 +136,8 @@ def textbook_estimate(model, splits, batch_size, eval_iters):
     return means
 
 
-def textbook_step(model, optimizer, data, batch_size, device="cpu"):
-    _, loss = model(*textbook_batch(data, model.block_size, batch_size, device))
+def textbook_step(model, optimizer, data, batch_size):
+    _, loss = model(*textbook_batch(data, model.block_size, batch_size))
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -213,17 +212,10 @@ def memory_rate():
     return block.nbytes / min(timed(block.sum) for _ in range(10))
 
 
-def matrix_rate(dtype=torch.float32, device="cpu"):
+def matrix_rate():
     """Multiplications and additions per second in products of large square matrices."""
-    size = 8192 if torch.device(device).type == "cuda" else 2048
-
-    def work():
-        product = a @ a
-        if product.is_cuda:
-            torch.cuda.synchronize()
-
-    a = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / min(timed(work) for _ in range(5))
+    a = torch.randn(2048, 2048)
+    return 2 * len(a) ** 3 / min(timed(partial(torch.mm, a, a)) for _ in range(5))
 
 
 def linear_weights(model):
@@ -323,52 +315,6 @@ def start_row(script, args):
     return Row(title, partial(process, "-c", least), partial(process, *sample))
 
 
-def run_notebook(**settings):
-    """The names that the notebook's cells define up to its training loop, with other settings."""
-    names = {"__name__": "notebook"}
-    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
-        if cell["cell_type"] == "code" and "train" not in names:
-            exec("".join(cell["source"]), names)
-            if "parameters" in cell["metadata"].get("tags", []):
-                names.update(settings)
-    return Namespace(**names)
-
-
-def iteration_row(script, args):
-    """The large model on whatever device there is, by the notebook's own cells."""
-    settings = {"batch_size": 2} if args.quick else {}
-    with redirect_stdout(io.StringIO()):
-        notebook = run_notebook(text_path=str(args.input), prompt="", **settings)
-        run = notebook.Run()
-    model = TextbookGPT(notebook.config).to(notebook.device)
-    for module in model.modules():
-        if isinstance(module, Head):
-            module.dropout.p = notebook.attention_dropout
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
-    data, batch_size, device = notebook.train_ids.cpu(), notebook.batch_size, notebook.device
-    count = 20 if device.type == "cuda" else 1
-
-    def textbook():
-        for _ in range(count):
-            textbook_step(model, optimizer, data, batch_size, device)
-        notebook.now()  # waits for a GPU
-
-    def ours():
-        for _ in range(count):
-            notebook.advance(run)
-        notebook.now()
-
-    textbook()  # the first iteration takes longer
-    ours()
-    sizes = f"{count} x {batch_size} x {notebook.block_size}"
-    title = f"training the large model on {device.type}, {sizes} characters; "
-    title += f"textbook: float32; ours: {notebook.precision}, recipe `{notebook.recipe}`"
-    if run.forward is not run.model:
-        title += ", compiled"
-    flop = 3 * count * batch_size * notebook.block_size * multiply_adds(run.model)
-    return Row(title, textbook, ours, flop, partial(matrix_rate, notebook.dtype, device))
-
-
 def loss_row(script, args):
     """The whole validation split; the textbook takes the lecture's batches of 64."""
     model, vocab, _ = script.load(args.weights)
@@ -409,13 +355,9 @@ def hardware(rates):
     named = cpuinfo.exists() and re.search("model name\\s*: (.*)", cpuinfo.read_text())
     yield named[1] if named else platform.processor() or platform.machine()
     yield f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        yield torch.cuda.get_device_name()
     yield f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
     yield f"{rates[memory_rate] / 1e9:.0f} GB/s from memory"
     yield f"{rates[matrix_rate] / 1e9:.0f} GFLOP/s in float32"
-    others = [rate for rate in rates if rate not in (memory_rate, matrix_rate)]
-    yield from (f"{rates[rate] / 1e9:.0f} GFLOP/s in the training iteration" for rate in others)
 
 
 def digits(value):
@@ -440,7 +382,7 @@ def line(row, times, rates):
 def measure(script, args):
     """Time all, in turn, and print the table."""
     rows = [*growth_rows(script, args), *sampling_rows(script, args)]
-    rows += [row(script, args) for row in (start_row, iteration_row, loss_row)]
+    rows += [row(script, args) for row in (start_row, loss_row)]
     times = {work: [] for row in rows for work in (row.textbook, row.ours)}
     rates = {row.rate: 0 for row in rows if row.rate}
     for work in tqdm([*rates, *times] * args.rounds):
