@@ -242,7 +242,7 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(train, tiny):
 
 def test_the_training_cell_alone_goes_on_where_it_was_stopped(train):
     run = train(stop_at=75, then={})
-    assert "stopped at step 75" in run.printed
+    assert "stopped at iteration 76" in run.printed
     assert [step for step, _ in run.curve] == [0, 50, 100, 150, 200]
 
 
@@ -276,7 +276,7 @@ def test_float16_learns(train):
 
 
 def test_with_all_its_parts_off_the_recipe_is_the_lectures(train):
-    off = dict(muon_lr=0, adamw_lr=3e-4, adamw_decay=0.01, replaced=0, falling=0, init_std=0.02)
+    off = dict(muon_lr=0, adamw_lr=3e-4, adamw_decay=0.01, replaced=0, cooldown=0, init_std=0.02)
     run = train(**off, iterations=10)
     [optimizer] = run.optimizers
     assert type(optimizer) is torch.optim.AdamW
