@@ -106,7 +106,7 @@ class TextbookGPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
 
     def forward(self, idx, targets=None):  # (B, T) both
-        positions = torch.arange(idx.shape[1], device=idx.device)  # (T,)
+        positions = torch.arange(idx.shape[1])  # (T,)
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, C)
         logits = self.lm_head(self.ln_f(self.blocks(x)))  # (B, T, V)
         if targets is None:

@@ -3,6 +3,7 @@
 import ast
 import base64
 import io
+import math
 import random
 import re
 import sys
@@ -36,10 +37,10 @@ def outputs_of(notebook):
     return outputs, "".join(output.get("text", "") for output in outputs)
 
 
-def module_with(source):
-    """Run source as a module of its own: torch.compile looks it up by its name."""
+def module_with(source=""):
+    """Run source as a module of its own, where torch.compile can find it by its name."""
     sys.modules["cells"] = module = types.ModuleType("cells")
-    exec(compile(source, NOTEBOOK.name, "exec"), module.__dict__)
+    exec(compile(source, NOTEBOOK.name, "exec"), vars(module))
     return module
 
 
@@ -75,8 +76,7 @@ def train(tiny, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")
 
     def run(stop_at=None, then=None, whole=False, **others):
-        sys.modules["cells"] = module = types.ModuleType("cells")
-        names, printed = module.__dict__, io.StringIO()
+        names, printed = vars(module := module_with()), io.StringIO()
         with redirect_stdout(printed):
             for cell in code_cells(read_notebook()):
                 if tagged(cell, "training") and stop_at is not None:
@@ -134,7 +134,6 @@ def test_notebook_and_script_give_the_same_exact_loss(gpt, definitions, length):
 
 
 def test_the_settings_on_a_gpu_are_the_specification(definitions):
-    definitions.gpu = True
     cell = next(cell for cell in read_notebook().cells if tagged(cell, "parameters"))
     exec(cell.source, s := {"gpu": True})
     names = "batch_size block_size iterations n_embd n_head n_layer dropout"
@@ -232,18 +231,35 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(train, tiny):
     tiny.update(iterations=600, eval_interval=100)
     at_once = train().curve
     tiny["checkpoint_dir"] += "-in-parts"
-    assert [step for step, _ in train(stop_at=330).curve] == [0, 100, 200, 300]
+    stopped = train(stop_at=330)
+    assert [step for step, _ in stopped.curve] == [0, 100, 200, 300]
     rest = train()
     assert "is at step 300: going on from there" in rest.printed
     assert [step for step, _ in rest.curve] == [step for step, _ in at_once]
     assert rest.curve[-1][1] == pytest.approx(at_once[-1][1], abs=0.02)
-    assert rest.seconds > 0
+    assert rest.seconds > stopped.seconds > 0
 
 
 def test_the_training_cell_alone_goes_on_where_it_was_stopped(train):
     run = train(stop_at=75, then={})
     assert "stopped at iteration 76" in run.printed
     assert [step for step, _ in run.curve] == [0, 50, 100, 150, 200]
+
+
+def test_a_stop_during_an_evaluation_or_a_step_does_no_harm(train):
+    """Dropout is on again, and the scaler of float16 starts anew."""
+    run = train(precision="float16", iterations=100)
+    run.model.eval()
+    run.scaler.scale(run.loss_of(*run.get_batch(run.train_ids))).backward()
+    run.scaler.step(run.optimizers[0])  # and no update
+    run.iterations = run.started_with["iterations"] = 110
+    cell = next(cell for cell in code_cells(read_notebook()) if tagged(cell, "training"))
+    with redirect_stdout(io.StringIO()):
+        exec(cell.source, vars(run))
+    assert run.step == 110 and math.isfinite(run.curve[-1][1])
+    run.model.eval()
+    run.iteration()
+    assert run.model.training
 
 
 def test_a_stopped_run_gives_what_it_has(gpt, train, tmp_path):
@@ -253,8 +269,9 @@ def test_a_stopped_run_gives_what_it_has(gpt, train, tmp_path):
     assert training["val_loss"] == pytest.approx(run.curve[-1][1], abs=1e-3)
 
 
-def test_a_finished_run_can_be_made_longer_but_not_another(train, tiny):
+def test_a_finished_run_can_be_made_longer_but_not_another(train, tiny, tmp_path):
     train()
+    assert not (tmp_path / "weights.pt").exists()  # only the cells after training write it
     assert [step for step, _ in train(iterations=250).curve] == [0, 50, 100, 150, 200, 250]
     train(precision="float32", eval_interval=10, iterations=250)
     for other, was in [("dropout=0.3", "dropout was 0.1, is 0.3"), ("seed=2", "seed was 1, is 2"),
@@ -262,6 +279,9 @@ def test_a_finished_run_can_be_made_longer_but_not_another(train, tiny):
         name, value = other.split("=")
         with pytest.raises(AssertionError, match=f"checkpoint.pt: .*{was}.*another checkpoint_dir"):
             train(**{name: ast.literal_eval(value)})
+    (tmp_path / "text.txt").write_text((tmp_path / "text.txt").read_text()[1:])
+    with pytest.raises(AssertionError, match="digest was"):
+        train(iterations=250)
 
 
 @pytest.mark.parametrize("change", [{"iterations": 300}, {"n_embd": 64}, {"replaced": 0.2}])
@@ -283,14 +303,35 @@ def test_with_all_its_parts_off_the_recipe_is_the_lectures(train):
     [group] = optimizer.param_groups
     assert group["lr"].item() == pytest.approx(3e-4) and group["weight_decay"] == 0.01
     assert torch.equal(run.corrupt(run.val_ids), run.val_ids)
+    assert run.GPT(run.config).blocks[0].feed_forward.up.weight.std() > 0.08  # PyTorch's own
+    assert run.curve[0][1] == pytest.approx(math.log(len(run.vocab)), abs=0.05)  # nearly uniform
 
 
-def test_a_share_of_the_characters_is_replaced_and_no_target(train):
+def test_the_learning_rates_fall_to_zero_over_the_cooldown(train):
+    rates = []
+    for step in (50, 125, 199):
+        run = train(stop_at=step, cooldown=0.5, checkpoint_dir=f"{step}")
+        rates.append(run.optimizers[0].param_groups[0]["lr"].item() / run.adamw_lr)
+    assert rates == pytest.approx([1, 0.75, 0.01])
+
+
+def test_a_share_of_the_inputs_is_replaced_and_no_target(train):
     run = train(iterations=10)
     run.replaced = 0.25
-    x = torch.zeros(100, 100, dtype=torch.long)
+    x = torch.zeros(100, 100, dtype=torch.long, device=run.device)
     share = (run.corrupt(x) != x).float().mean().item()
     assert share == pytest.approx(0.25 * (1 - 1 / len(run.vocab)), abs=0.03)
+    assert not x.any()
+
+    run.replaced, batch_loss = 1.0, run.loss_of
+
+    def loss_of(x, y):
+        assert all(run.decode(row) in run.text for row in y)
+        assert not any(run.decode(row) in run.text for row in x)
+        return batch_loss(x, y)
+
+    run.loss_of = loss_of
+    run.iteration()
 
 
 def test_a_run_without_a_loss_ends_with_one_line(train, tiny):
@@ -301,7 +342,7 @@ def test_a_run_without_a_loss_ends_with_one_line(train, tiny):
 
 
 MISTAKES = [
-    (dict(text_path="my-book.txt"), "my-book.txt"),
+    (dict(text_path="my-book.txt"), "No such file or directory.*my-book.txt"),
     (dict(text_path="latin-1.txt"), "latin-1.txt is not UTF-8 .byte 1.: convert it"),
     (dict(text_path="input.txt"), "cannot fetch https://raw.* save it as input.txt"),
     (dict(block_size=500), "needs more than 5,000 characters"),
@@ -322,6 +363,34 @@ def test_a_mistake_is_found_before_training(train, tmp_path, monkeypatch, mistak
     with pytest.raises(Exception, match=line):
         train(**mistake)
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "kept"] == before
+
+
+def test_a_home_directory_can_be_written_as_a_tilde(train, tmp_path, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    paths = dict(text_path="~/text.txt", checkpoint_dir="~/kept", weights_path="~/weights.pt")
+    train(iterations=10, whole=True, **paths)
+    assert (tmp_path / "weights.pt").exists() and (tmp_path / "kept/checkpoint.pt").exists()
+
+
+def test_a_full_gpu_is_told_what_to_do(train, monkeypatch):
+    def backward(loss):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with pytest.raises(RuntimeError, match="lower batch_size"):
+        train()
+
+
+def test_a_gpu_that_cannot_compute_is_not_used(monkeypatch, capsys):
+    def eye(size, device):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "eye", eye)
+    module = module_with(code_cells(read_notebook())[0].source)
+    assert module.gpu is False
+    assert "WARNING: torch cannot use the GPU, so the CPU is used: no" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------ what the repository holds
@@ -354,6 +423,15 @@ def test_the_shipped_weights_are_those_of_the_committed_notebook(gpt, committed)
     losses = training["step"], training["train_loss"], training["val_loss"]
     assert "weights of step {}: train {:.4f}, validation {:.4f}".format(*losses) in printed
     assert training["hardware"] in printed
+
+
+def test_the_shipped_weights_are_those_of_the_specification(gpt):
+    _, _, training = gpt.load(gpt.WEIGHTS)
+    assert "interim" not in training
+    cell = next(cell for cell in read_notebook().cells if tagged(cell, "parameters"))
+    exec(cell.source, settings := {"gpu": True})
+    same = settings.keys() & training.keys() - {"precision"}
+    assert len(same) == 15 and all(settings[name] == training[name] for name in same)
 
 
 def test_the_pictures_are_those_of_the_committed_notebook(committed):
