@@ -307,10 +307,10 @@ def test_with_all_its_parts_off_the_recipe_is_the_lectures(train):
     assert run.curve[0][1] == pytest.approx(math.log(len(run.vocab)), abs=0.05)  # nearly uniform
 
 
-def test_the_learning_rates_fall_to_zero_over_the_cooldown(train):
+def test_the_learning_rates_fall_to_zero_over_the_cooldown(train, tmp_path):
     rates = []
     for step in (50, 125, 199):
-        run = train(stop_at=step, cooldown=0.5, checkpoint_dir=f"{step}")
+        run = train(stop_at=step, cooldown=0.5, checkpoint_dir=str(tmp_path / f"{step}"))
         rates.append(run.optimizers[0].param_groups[0]["lr"].item() / run.adamw_lr)
     assert rates == pytest.approx([1, 0.75, 0.01])
 
