@@ -31,6 +31,17 @@ def tagged(cell, tag):
     return tag in cell.metadata.get("tags", [])
 
 
+def source_of(tag):
+    """The source of the cell with this tag."""
+    [source] = [cell.source for cell in code_cells(read_notebook()) if tagged(cell, tag)]
+    return source
+
+
+def settings_on_a_gpu():
+    exec(source_of("parameters"), settings := {"gpu": True})
+    return settings
+
+
 def outputs_of(notebook):
     """All outputs in order, and the text that was printed among them."""
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
@@ -134,8 +145,7 @@ def test_notebook_and_script_give_the_same_exact_loss(gpt, definitions, length):
 
 
 def test_the_settings_on_a_gpu_are_the_specification(definitions):
-    cell = next(cell for cell in read_notebook().cells if tagged(cell, "parameters"))
-    exec(cell.source, s := {"gpu": True})
+    s = settings_on_a_gpu()
     names = "batch_size block_size iterations n_embd n_head n_layer dropout"
     assert [s[name] for name in names.split()] == [64, 256, 5000, 384, 6, 6, 0.2]
     config = types.SimpleNamespace(vocab_size=65, **s)
@@ -253,9 +263,8 @@ def test_a_stop_during_an_evaluation_or_a_step_does_no_harm(train):
     run.scaler.scale(run.loss_of(*run.get_batch(run.train_ids))).backward()
     run.scaler.step(run.optimizers[0])  # and no update
     run.iterations = run.started_with["iterations"] = 110
-    cell = next(cell for cell in code_cells(read_notebook()) if tagged(cell, "training"))
     with redirect_stdout(io.StringIO()):
-        exec(cell.source, vars(run))
+        exec(source_of("training"), vars(run))
     assert run.step == 110 and math.isfinite(run.curve[-1][1])
     run.model.eval()
     run.iteration()
@@ -274,11 +283,10 @@ def test_a_finished_run_can_be_made_longer_but_not_another(train, tiny, tmp_path
     assert not (tmp_path / "weights.pt").exists()  # only the cells after training write it
     assert [step for step, _ in train(iterations=250).curve] == [0, 50, 100, 150, 200, 250]
     train(precision="float32", eval_interval=10, iterations=250)
-    for other, was in [("dropout=0.3", "dropout was 0.1, is 0.3"), ("seed=2", "seed was 1, is 2"),
-                       ("iterations=100", "iterations was 250, is 100")]:  # fmt: skip
-        name, value = other.split("=")
-        with pytest.raises(AssertionError, match=f"checkpoint.pt: .*{was}.*another checkpoint_dir"):
-            train(**{name: ast.literal_eval(value)})
+    for name, was, value in (("dropout", 0.1, 0.3), ("seed", 1, 2), ("iterations", 250, 100)):
+        line = f"checkpoint.pt: .*{name} was {was}, is {value}.*another checkpoint_dir"
+        with pytest.raises(AssertionError, match=line):
+            train(**{name: value})
     (tmp_path / "text.txt").write_text((tmp_path / "text.txt").read_text()[1:])
     with pytest.raises(AssertionError, match="digest was"):
         train(iterations=250)
@@ -428,8 +436,7 @@ def test_the_shipped_weights_are_those_of_the_committed_notebook(gpt, committed)
 def test_the_shipped_weights_are_those_of_the_specification(gpt):
     _, _, training = gpt.load(gpt.WEIGHTS)
     assert "interim" not in training
-    cell = next(cell for cell in read_notebook().cells if tagged(cell, "parameters"))
-    exec(cell.source, settings := {"gpu": True})
+    settings = settings_on_a_gpu()
     same = settings.keys() & training.keys() - {"precision"}
     assert len(same) == 15 and all(settings[name] == training[name] for name in same)
 
