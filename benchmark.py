@@ -255,17 +255,15 @@ def growth_rows(script, args):
         textbook_growth(config, data, val_data, steps, eval_iters)
 
     def last_rung():
-        model = script.initialize(script.gpt(config), seed=1)
+        model = script.initialize(script.gpt, config, seed=1)
         script.train(model, data, val_data, config.block_size, steps, seed=1)
-        script.exact_loss(model, data, config.block_size)
 
     def all_rungs():
-        threads, output = torch.get_num_threads(), io.StringIO()
+        output = io.StringIO()
         with redirect_stdout(output), redirect_stderr(output), TemporaryDirectory() as folder:
             script.grow(Namespace(input=args.input, steps=steps, seed=1, out=Path(folder)))
-        torch.set_num_threads(threads)  # it takes one for each model
 
-    passes = 3 * steps * 32 * config.block_size + 5 * len(val_data) + len(data)
+    passes = 3 * steps * 32 * config.block_size + 4 * len(val_data) + len(data)
     flop = [passes * multiply_adds(build(config)) for _, _, build in script.RUNGS]
     title = f"growing the last rung: {steps} iterations and its evaluations"
     yield Row(title, textbook, last_rung, flop[-1], matrix_rate)
@@ -285,7 +283,7 @@ def sampling_rows(script, args):
     yield Row(
         f"sampling {tokens} characters; ours in {precision}",
         lambda: textbook_generate(textbook, start, tokens),
-        lambda: list(script.generate(stored, start, tokens)),
+        lambda: list(script.generate_cached(stored, start, tokens)),
         tokens * sum(weight.nbytes for weight in linear_weights(stored)),
         memory_rate,
     )
@@ -296,7 +294,7 @@ def sampling_rows(script, args):
     yield Row(
         f"sampling {samples} times {tokens} at once, float32; textbook: {few}, scaled",
         lambda: textbook_generate(textbook, prompt, few),
-        lambda: list(script.generate(model, start.repeat(samples, 1), tokens)),
+        lambda: list(script.generate_cached(model, start.repeat(samples, 1), tokens)),
         samples * tokens * multiply_adds(model),
         matrix_rate,
         tokens / few,
@@ -337,7 +335,7 @@ def loss_row(script, args):
 
 def profile(script, rate, steps):
     """Where one iteration of the last rung spends its time, in a sentence."""
-    model, ids = script.initialize(script.gpt(script.Config(65)), 1), torch.randint(65, (10_000,))
+    model, ids = script.initialize(script.gpt, script.Config(65), 1), torch.randint(65, (1000,))
     work = partial(script.train, model, ids, ids[:9], model.config.block_size, steps, seed=1)
     milliseconds = 1000 * timed(work) / steps
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
@@ -404,7 +402,7 @@ def main(argv):
     parser = ArgumentParser(description="Our speed beside the textbook's, as one table.")
     parser.add_argument("--weights", type=Path, default=script.WEIGHTS, help="the large checkpoint")
     parser.add_argument("--input", type=Path, default=script.TEXT, help="the text")
-    parser.add_argument("--rounds", type=script.number(int, 1), default=3, help="how many (3)")
+    parser.add_argument("--rounds", type=int, default=3, help="how many (3)")
     parser.add_argument("--quick", action="store_true", help="little work, to see that all runs")
     try:
         measure(script, parser.parse_args(argv))

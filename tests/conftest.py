@@ -41,31 +41,25 @@ def all_cores():
 
 @pytest.fixture
 def server():
-    """A server on this machine that gives b"the text" at /text, and misbehaves at other pages."""
-    over = threading.Event()
+    """A server on this machine that gives b"the text" at /moved, and misbehaves at other pages."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
+            if self.path == "/bad":
+                return self.wfile.write(b"this is no HTTP\n")
             moved = {"/moved": "/text", "/loop": "/loop"}.get(self.path)
             self.send_response(302 if moved else 404 if self.path == "/none" else 200)
             if moved:
                 self.send_header("Location", moved)
-            self.send_header("Content-Length", "0" if moved else "8")
+            content = {"/text": b"the text", "/cut": b"the", "/other": b"no text!"}
+            self.send_header("Content-Length", "8" if self.path in content else "0")
             self.end_headers()
-            if self.path == "/stalled":
-                over.wait(60)
-            elif self.path == "/drip":
-                while not over.wait(0.3):
-                    self.wfile.write(b"t")
-            elif not moved:
-                self.wfile.write(b"the" if self.path == "/cut" else b"the text")
+            self.wfile.write(content.get(self.path, b""))
 
         def log_message(self, *_):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
-        over.set()
         server.shutdown()

@@ -1,6 +1,5 @@
 """The command line end to end, as a subprocess: what it prints where, and what bad input gets."""
 
-import io
 import math
 import os
 import random
@@ -10,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
+import tempfile
 
 import pytest
 import torch
@@ -46,41 +45,35 @@ def grown(tmp_path_factory):
     return folder, result
 
 
-def test_growth_prints_a_table_and_keeps_the_last_model(grown):
+def test_growth_prints_a_table_and_samples_and_keeps_the_last_model(grown):
     folder, result = grown
-    lines = result.stdout.decode().splitlines()
-    rows = [line.split() for line in lines[4:10]]
-    rungs = [row[1] for row in rows]
-    assert rungs == ["counting", "bigram", "position", "attention", "feed-forward", "block"]
+    output = result.stdout.decode()
+    table, samples, text = (part.splitlines() for part in re.split(r"\n\n\d+ characters", output))
+    rows = [line.split() for line in table[3:]]
+    rungs = ["counting", "bigram", "position", "attention", "feed-forward", "block"]
+    assert [row[:2] for row in rows] == [[str(i), rung] for i, rung in enumerate(rungs)]
     vocab = "".join(sorted(set((folder / "text.txt").read_text(encoding="utf-8"))))
-    parameters, train_loss, val_loss, bits = (float(n.replace(",", "")) for n in rows[-1][-5:-1])
+    parameters, train_loss, val_loss = (float(n.replace(",", "")) for n in rows[-1][-3:])
     assert parameters == 60_515 - 65 * 65 - 66 * 65 + len(vocab) * (65 + 66)
-    assert bits == pytest.approx(val_loss / math.log(2), abs=2e-4)
     training = torch.load(folder / "one-block.pt", weights_only=True)["training"]
     assert (train_loss, val_loss) == pytest.approx(
         (training["train_loss"], training["val_loss"]), abs=1e-4
     )
-    assert training["step"] == 40 and training["seed"] == 5
-    assert len("\n".join(lines).split("last model:\n\n")[1]) >= 499
+    assert training["step"] == 40 and training["seed"] == 5 and training["text"] == "text.txt"
+    assert [line[:15].strip() for line in samples[2:]] == [line[:15].strip() for line in table[4:]]
+    assert all(len(line) == 15 + 60 and set(line[15:]) <= {*vocab, "↵"} for line in samples[2:])
+    assert text[0] == " from 5 block:" and len("\n".join(text[2:])) >= 499
     assert (folder / "growth.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "growth.png",
-        "one-block.pt",
-        "text.txt",
-    ]
+    files = ["growth.png", "one-block.pt", "text.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == files
     assert result.stderr == b"wrote one-block.pt and growth.png\n"  # no bars: no terminal
 
 
 def test_the_same_seed_grows_the_same(grown, tmp_path):
     folder, first = grown
-    again = run(
-        "grow", "--input", folder / "text.txt", "--steps", 40, "--seed", 5, "--out", tmp_path
-    )
-
-    def without_seconds(output):
-        return [line[:73] for line in output.decode().splitlines()]
-
-    assert without_seconds(again.stdout) == without_seconds(first.stdout)
+    options = "--input", folder / "text.txt", "--steps", 40, "--seed", 5, "--out", tmp_path
+    assert run("grow", *options).stdout == first.stdout
+    assert (tmp_path / "growth.png").read_bytes() == (folder / "growth.png").read_bytes()
 
 
 def test_evaluate_confirms_what_the_file_claims(grown):
@@ -89,8 +82,10 @@ def test_evaluate_confirms_what_the_file_claims(grown):
     assert result.returncode == 0
     rows = [line.split() for line in result.stdout.decode().splitlines()[1:]]
     assert [row[0] for row in rows] == ["train", "validation"]
-    for _, measured, claimed in rows:
+    for measured, claimed, bits, perplexity in (row[1:] for row in rows):
         assert measured == claimed
+        assert 2 ** float(bits) == pytest.approx(float(perplexity), abs=1e-3)
+        assert math.log(float(perplexity)) == pytest.approx(float(measured), abs=1e-4)
 
 
 def test_sampling(grown):
@@ -110,26 +105,12 @@ def test_sampling(grown):
     assert [len(text) for text in both.split("\n" + 40 * "-" + "\n")] == [30, 30]
 
 
-def test_a_prompt_with_two_lines_in_the_way_of_windows(grown):
-    folder, _ = grown
-    options = "sample", "--weights", folder / "one-block.pt", "--tokens", 1, "--prompt", "-"
-    assert run(*options, input=b"far\r\naway").stdout.startswith(b"far\naway")
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="sh is of Unix")
 def test_growth_ends_when_its_reader_has_seen_enough(grown):
     folder, _ = grown
     command = [sys.executable, SCRIPT, "--input", folder / "text.txt", "--out", folder]
     piped = f"{shlex.join(map(str, command))} 2>&1 | head -n 4"
     subprocess.run(piped, shell=True, check=True, stdout=subprocess.DEVNULL, timeout=60)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="sh is of Unix")
-def test_streams_may_be_closed(grown):
-    folder, _ = grown
-    command = [sys.executable, SCRIPT, "sample", "--weights", folder / "one-block.pt"]
-    quiet = f"{shlex.join(map(str, command))} --tokens 2 --prompt - <&- >&- 2>&-"
-    assert subprocess.run(quiet, shell=True, timeout=60).returncode == 0
 
 
 def test_a_closed_pipe_ends_quietly(grown):
@@ -145,22 +126,16 @@ def test_a_closed_pipe_ends_quietly(grown):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="ulimit is of Unix")
-def test_nobody_reads_stderr_and_a_full_disk(grown, tmp_path):
+def test_a_full_disk_loses_no_earlier_file(grown, tmp_path):
     folder, _ = grown
+    before = (tmp_path / "one-block.pt").write_bytes(b"earlier")
     options = "--input", folder / "text.txt", "--steps", 2, "--out", tmp_path
-    unread, unwritten = os.pipe()
-    os.close(unread)  # a pipe without a reader
     command = [sys.executable, str(SCRIPT), *map(str, options)]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=unwritten, timeout=100)
-    os.close(unwritten)
-    assert result.returncode == 0 and re.search(rb"^\d+ block ", result.stdout, re.M)
-    before = (tmp_path / "one-block.pt").read_bytes()
     limited = ["bash", "-c", 'ulimit -f 100; trap "" XFSZ; exec "$@"', "bash", *command]
     result = subprocess.run(limited, capture_output=True, timeout=100)
-    assert result.returncode == 2 and b"one-block.pt: File too large" in result.stderr
-    assert b"Traceback" not in result.stderr
-    assert (tmp_path / "one-block.pt").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["growth.png", "one-block.pt"]
+    assert result.returncode == 2 and b"File too large" in result.stderr
+    assert result.stderr.count(b"\n") == 1
+    assert [path.stat().st_size for path in tmp_path.iterdir()] == [before]
 
 
 def interrupted(command, marker, status):
@@ -185,7 +160,7 @@ def test_ctrl_c_keeps_the_rows_that_are_finished(grown, tmp_path):
     folder, _ = grown
     options = "--input", folder / "text.txt", "--steps", 3000, "--out", tmp_path
     output = interrupted(options, b"2 position", -signal.SIGINT)
-    rows = [line.split()[1] for line in output.splitlines()[4:]]
+    rows = [line.split()[1] for line in output.splitlines()[3:]]
     assert rows == ["counting", "bigram", "position"]
     assert not list(tmp_path.iterdir())
 
@@ -194,26 +169,38 @@ def test_ctrl_c_keeps_the_rows_that_are_finished(grown, tmp_path):
 def test_ctrl_c_keeps_the_text_that_is_drawn(grown):
     folder, _ = grown
     options = "--weights", folder / "one-block.pt", "--tokens", 10**6, "--prompt", "far"
-    assert interrupted(["sample", *options], b"far", 130).startswith("far")
+    assert interrupted(["sample", *options], b"far", -signal.SIGINT).startswith("far")
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--prompt", "Zoë"], "never saw 'Zë'"),
-        (["--tokens", "0"], "not a whole number"),
-        (["--samples", "-1"], "not a whole number"),
-        (["--top-k", "0"], "not a whole number"),
-        (["--temperature", "-1"], "not a number"),
-        (["--temperature", "nan"], "not a number"),
-        (["--weights", "none.pt"], "no file of weights none.pt"),
-        (["--prompt", "-x"], "before a dash, put ="),
-        (["--nonsense"], "unrecognized"),
+        (["sample", "--prompt", "Zoë"], "never saw 'Zë'"),
+        (["sample", "--tokens", "0"], "--tokens 0: it must be from 1 to"),
+        (["sample", "--samples", "257"], "--samples 257: it must be from 1 to 256"),
+        (["sample", "--top-k", "0"], "--top-k 0: it must be from 1 to"),
+        (["sample", "--top-k", "many"], "argument --top-k: invalid int value: 'many'"),
+        (["sample", "--temperature", "-1"], "--temperature -1.0: it must be from 0 to"),
+        (["sample", "--temperature", "nan"], "--temperature nan: it must be from 0 to"),
+        (["sample", "--seed", str(2**64)], "--seed 18446744073709551616: it must be from 0 to"),
+        (["sample", "--weights", "none.pt"], "no file none.pt: train a model first"),
+        (["sample", "--prompt", "-x"], "argument --prompt: expected one argument; before a dash"),
+        (["sample", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["grow", "--tokens", "5"], "unrecognized arguments: --tokens 5"),
+        (["--steps", "0"], "--steps 0: it must be from 1 to"),
+        (["train"], "invalid choice: 'train'"),
     ],
 )
-def test_bad_options_of_sample(grown, refusal, options, message):
+def test_a_mistyped_option_is_named(grown, refusal, options, message):
     folder, _ = grown
-    assert message in refusal("sample", "--weights", folder / "one-block.pt", *options)
+    weights = ["--weights", folder / "one-block.pt"] if options[0] == "sample" else []
+    assert message in refusal(*options[:1], *weights, *options[1:])
+
+
+@pytest.mark.parametrize("action", ["grow", "sample", "evaluate"])
+def test_each_action_has_a_help_of_its_own(action):
+    text = run(action, "--help").stdout.decode()
+    assert f" {action} [-h]" in text and ("--tokens" in text) == (action == "sample")
 
 
 @pytest.mark.parametrize(
@@ -222,8 +209,7 @@ def test_bad_options_of_sample(grown, refusal, options, message):
         (None, "No such file"),
         (b"", "0 characters, too few"),
         (b"caf\xe9" * 100, "not UTF-8"),
-        (b"a" * 80, "give it 81 or more"),
-        ("".join(map(chr, range(20_000, 31_000))).encode(), "11,000 distinct characters"),
+        (b"a" * 80, "needs 81 or more"),
     ],
 )
 def test_bad_texts(refusal, tmp_path, content, message):
@@ -236,7 +222,7 @@ def test_bad_texts(refusal, tmp_path, content, message):
 
 def test_a_folder_is_no_text_and_no_weights(refusal, tmp_path):
     assert "Is a directory" in refusal("--input", tmp_path, "--out", tmp_path / "out")
-    assert "no file of weights" in refusal("sample", "--weights", tmp_path)
+    assert "no file" in refusal("sample", "--weights", tmp_path)
 
 
 NO_NETWORK = os.environ | {"https_proxy": "http://127.0.0.1:9"}
@@ -250,11 +236,11 @@ def test_without_network_and_text_it_grows_on_what_the_large_model_wrote(grown, 
     result = run("--steps", 5, script=script, cwd=tmp_path, env=NO_NETWORK)
     assert result.returncode == 0
     assert result.stdout.decode().startswith(f"more.txt: {len(more.read_text()):,} characters")
-    warnings = result.stderr.decode().splitlines()[:3]
+    warnings = result.stderr.decode().splitlines()[:2]
     assert all(line.startswith("WARNING: ") for line in warnings)
-    for part in ("tinyshakespeare/input.txt", str(tmp_path / "input.txt"), "86c4e6aa9db7c042"):
+    for part in ("tinyshakespeare/input.txt", f"save it yourself as {tmp_path / 'input.txt'}"):
         assert part in warnings[0]
-    assert f"growing on {more} instead" in warnings[1] and f"--input {more}" in warnings[2]
+    assert f"using {more} instead" in warnings[1]
     assert not (tmp_path / "input.txt").exists()
     options = "evaluate", "--weights", "one-block.pt"  # on a text that the user did not ask for?
     assert run(*options, script=script, cwd=tmp_path, env=NO_NETWORK).returncode == 2
@@ -263,9 +249,8 @@ def test_without_network_and_text_it_grows_on_what_the_large_model_wrote(grown, 
 def test_a_clone_with_neither_network_nor_texts_nor_weights(tmp_path):
     script = shutil.copy(SCRIPT, tmp_path)
     result = run(script=script, cwd=tmp_path, env=NO_NETWORK)
-    line = refused(result.returncode, result.stdout.decode(), result.stderr.decode())
-    for part in ("tinyshakespeare/input.txt", str(tmp_path / "input.txt"), "86c4e6aa9db7c042"):
-        assert part in line
+    assert result.returncode == 2 and b"Traceback" not in result.stderr
+    assert b"cannot download" in result.stderr and b"more.txt" in result.stderr
     result = run("sample", script=script, cwd=tmp_path)
     line = refused(result.returncode, result.stdout.decode(), result.stderr.decode())
     assert "gpt_shakespeare.pt" in line and "one-block.pt" in line
@@ -285,82 +270,41 @@ def test_an_output_folder_that_cannot_be_used_is_found_before_training(grown, re
     folder, _ = grown
     text = folder / "text.txt"
     assert "Not a directory" in refusal("--input", text, "--out", text / "below")
-    (folder / "out" / "growth.png").mkdir(parents=True)
-    assert "is a directory" in refusal("--input", text, "--out", folder / "out")
-    misnamed = Path(shutil.copy(text, folder / "out" / "one-block.pt"))
-    assert "or the text itself" in refusal("--input", misnamed, "--out", misnamed.parent)
-    assert misnamed.read_bytes() == text.read_bytes()
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert "is read-only: name another --out" in refusal("--input", text, "--out", folder)
+    assert "File exists" in refusal("--input", text, "--out", text)
+
+    def read_only(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    assert "Permission denied" in refusal("--input", text, "--out", folder)
 
 
-class Attack:
-    def __reduce__(self):
-        return Path.touch, (Path("attacked"),)
-
-
-def damaged(checkpoint):
-    """Broken variants of a good checkpoint, each under what should be said of it."""
-    config, weights = checkpoint["config"], checkpoint["model"]
-    head = weights["lm_head.weight"]
-
-    def with_config(**sizes):
-        return checkpoint | {"config": config | sizes}
-
-    def with_head(value):
-        return checkpoint | {"model": weights | {"lm_head.weight": value}}
-
-    yield "neither ours (config,", {key: checkpoint[key] for key in ("config", "vocab", "model")}
-    yield "not a dict", [checkpoint]
-    yield "unexpected keyword argument 'n_heads'", with_config(n_heads=1)
-    yield "make no sense", with_config(n_head=2)
-    for size in (0, 10**12, 1 << 20):
-        yield "make no sense", with_config(n_layer=size)
-    for size in (True, "8", torch.zeros(1).expand(1 << 40)):
-        yield "not numbers", with_config(dropout=size)
-    yield "vocab_size characters", checkpoint | {"vocab": checkpoint["vocab"][::-1]}
-    without_bias = {name: value for name, value in weights.items() if name != "ln_f.bias"}
-    yield 'Missing key(s) in state_dict: "ln_f.bias"', checkpoint | {"model": without_bias}
-    yield (
-        'Unexpected key(s) in state_dict: "more"',
-        checkpoint | {"model": weights | {"more": head}},
-    )
-    yield 'Missing key(s) in state_dict: "blocks.1', with_config(n_layer=2)
-    yield "asks for many more weights", with_config(n_layer=9)
-    yield "size mismatch for lm_head.weight", with_head(torch.cat((head, head)))
-    yield "_rebuild_sparse_tensor", with_head(head.to_sparse())
-    yield "_rebuild_meta_tensor", with_head(head.to("meta"))
-    yield "not a tensor of floats", with_head(head.long())
-    yield "not a tensor of floats", with_head(head.tolist())
-    overflowing = {name: (40 * value).half() for name, value in weights.items()}
-    yield "--precision float32", checkpoint | {"model": overflowing}
-    for value in (torch.nan, torch.inf, 1e30):
-        yield "enormous", with_head(head.clone().fill_diagonal_(value))
-    yield "make no sense", with_config(block_size=1 << 14)
-    yield (
-        "larger than the file",
-        checkpoint
-        | {
-            "config": config | {"block_size": 1 << 12},
-            "model": weights | {"position_embedding.weight": torch.zeros(1, 1).expand(1 << 12, 65)},
-        },
-    )
-    for value in (Attack(), bytearray(10)):
-        yield "more than tensors", checkpoint | {"training": value}
-
-
-def test_damaged_weights_are_refused_and_run_nothing(grown, refusal, tmp_path, monkeypatch):
+def test_a_damaged_model_says_what_does_not_fit(grown, refusal, tmp_path):
     folder, _ = grown
-    monkeypatch.chdir(tmp_path)
-    good = (folder / "one-block.pt").read_bytes()
-    cut_off = "it is damaged, or not as torch.save writes it"
-    files = [(cut_off, b""), (cut_off, good[: len(good) // 2]), (cut_off, b"not a checkpoint")]
-    for message, checkpoint in damaged(torch.load(io.BytesIO(good), weights_only=True)):
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        files.append((message, buffer.getvalue()))
-    path = tmp_path / "damaged.pt"
-    for message, content in files:
-        path.write_bytes(content)
-        assert message in refusal("sample", "--weights", path)
-    assert not Path("attacked").exists()
+    checkpoint = torch.load(folder / "one-block.pt", weights_only=True)
+    config, weights = checkpoint["config"], checkpoint["model"]
+    without = {name: value for name, value in weights.items() if name != "lm_head.bias"}
+    overflowing = {name: (40 * value).half() for name, value in weights.items()}
+    for message, parts in (
+        ("unexpected keyword argument 'n_heads'", {"config": config | {"n_heads": 1}}),
+        ("must be a multiple of n_head", {"config": config | {"n_head": 2}}),
+        ('Missing key(s) in state_dict: "blocks.1', {"config": config | {"n_layer": 2}}),
+        ('Missing key(s) in state_dict: "lm_head.bias"', {"model": without}),
+        ("its text has 3", {"vocab": "abc"}),
+        ("try --precision float32", {"model": overflowing}),
+    ):
+        torch.save(checkpoint | parts, tmp_path / "other.pt")
+        assert message in refusal("sample", "--weights", tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_that_lacks_a_character_shows_a_question_mark(grown, tmp_path, encoding):
+    text = tmp_path / "Bücher €.txt"
+    text.write_text("Zoë paid 5 € for 😀\n" * 20, encoding="utf-8")
+    environment = {"env": os.environ | {"PYTHONIOENCODING": encoding}}
+    result = run("--input", text, "--steps", 1, "--out", tmp_path, **environment)
+    assert result.returncode == 0 and "Zoë"[:2].encode() not in result.stderr
+    options = "sample", "--weights", tmp_path / "one-block.pt", "--prompt", "Zoë 😀"
+    result = run(*options, **environment)
+    assert result.returncode == 0
+    assert result.stdout.startswith("Zoë 😀".encode(encoding, errors="replace"))

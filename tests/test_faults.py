@@ -14,16 +14,16 @@ from conftest import SCRIPT
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL to send")
 
 KILLED_IN_SAVE = """
-import os, runpy, signal, sys
-fsync, saves = os.fsync, {}
-def die_with_half_a_file(number):
+import os, pathlib, runpy, signal, sys
+write_bytes, saves = pathlib.Path.write_bytes, {}
+def die_with_half_a_file(path, content):
     global saves
     saves -= 1
     if saves:
-        return fsync(number)
-    os.ftruncate(number, os.fstat(number).st_size // 2)
+        return write_bytes(path, content)
+    write_bytes(path, content[:len(content) // 2])
     os.kill(os.getpid(), signal.SIGKILL)
-os.fsync = die_with_half_a_file
+pathlib.Path.write_bytes = die_with_half_a_file
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

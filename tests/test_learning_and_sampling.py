@@ -3,7 +3,6 @@
 import bisect
 import hashlib
 import math
-import time
 
 import numpy as np
 import pytest
@@ -16,9 +15,8 @@ from window_cost import window_losses
 @pytest.fixture(scope="module")
 def tiny(gpt):
     """A random model of two blocks, two heads and a window of 16."""
-    torch.manual_seed(0)
-    model = gpt.gpt(gpt.Config(20, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2))
-    return gpt.initialize(model, 0)
+    config = gpt.Config(20, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.2)
+    return gpt.initialize(gpt.gpt, config, seed=0)
 
 
 def markov_chain(length, size=6, seed=0):
@@ -40,16 +38,18 @@ def test_trained_bigram_comes_near_its_closed_form(gpt):
         -np.mean([math.log(chances[a, b]) for a, b in zip(s[:-1], s[1:])]) for s in (data, val)
     ]
     assert gpt.counted_bigram(data, val, 6) == pytest.approx(expected)
-    model = gpt.initialize(gpt.RUNGS[0][2](gpt.Config(6)), 0)
-    (*_, (step, loss)) = gpt.train(model, data, val, 8, steps=600, seed=1)
-    assert step == 600 and loss == pytest.approx(expected[1], abs=0.02)
+    model = gpt.initialize(gpt.RUNGS[0][2], gpt.Config(6), seed=0)
+    (*_, (step, loss)), training = gpt.train(model, data, val, 8, steps=1500, seed=1)
+    assert step == training["step"] == 1500 and training["seed"] == 1
+    assert loss == training["val_loss"] == pytest.approx(expected[1], abs=0.02)
+    assert training["train_loss"] == pytest.approx(expected[0], abs=0.02)
 
 
 def test_a_small_model_overfits_a_tiny_text(gpt):
     torch.manual_seed(0)
     # One character alone tells little of the next, but with those before it everything.
     data = torch.tensor([0, 1, 2, 0, 2, 1, 3, 2] * 8 + [0])
-    model = gpt.initialize(gpt.gpt(gpt.Config(4)), 0)
+    model = gpt.initialize(gpt.gpt, gpt.Config(4), seed=0)
     gpt.train(model, data, data, 8, steps=200, seed=0)
     assert gpt.counted_bigram(data, data, 4)[0] > 0.6
     losses = F.cross_entropy(model(data[None, :8])[0], data[1:9], reduction="none")
@@ -58,11 +58,12 @@ def test_a_small_model_overfits_a_tiny_text(gpt):
 
 def test_training_keeps_its_best_weights(gpt):
     data, val = torch.randint(30, (2, 200), generator=torch.Generator().manual_seed(0))
-    model = gpt.initialize(gpt.gpt(gpt.Config(30)), 0)
-    curve = gpt.train(model, data, val, 8, steps=300, seed=0)
+    model = gpt.initialize(gpt.gpt, gpt.Config(30), seed=0)
+    curve, training = gpt.train(model, data, val, 8, steps=300, seed=0)
     losses = [loss for _, loss in curve]
-    assert len(curve) == 5 and losses[-1] > min(losses) + 0.5  # it overfits
-    assert gpt.exact_loss(model, val, 8) == min(losses)
+    assert len(curve) == 4 and losses[-1] > min(losses) + 0.5  # it overfits
+    assert gpt.exact_loss(model, val, 8) == training["val_loss"] == min(losses)
+    assert (training["step"], training["val_loss"]) in curve
 
 
 @pytest.mark.parametrize("length", [5001, 4993, 17, 5])
@@ -76,6 +77,30 @@ def test_exact_loss_is_the_mean_over_every_character(gpt, tiny, length):
     tiny.train()
     assert gpt.exact_loss(tiny, data, 16) == pytest.approx(np.mean(losses), abs=1e-6)
     assert len(losses) == length - 1 and tiny.training
+
+
+def test_a_rung_s_first_weights_depend_on_the_seed_alone(gpt):
+    """Not on the rungs that were made before it, nor on which of them there are."""
+    config = gpt.Config(65)
+    for make in (make for _, _, make in gpt.RUNGS):
+        alone = gpt.initialize(make, config, seed=1).state_dict()
+        gpt.initialize(lambda c: gpt.Model(c, [gpt.FeedForward]), config, seed=1)  # inserted
+        again = gpt.initialize(make, config, seed=1).state_dict()
+        other = gpt.initialize(make, config, seed=2).state_dict()
+        assert all(torch.equal(alone[name], again[name]) for name in alone)
+        assert not any(torch.equal(alone[name], other[name]) for name in alone if "ln" not in name)
+
+
+def test_plain_sampling_draws_from_the_model_s_probabilities(gpt):
+    """Of a bigram: each character depends on the one before it, as its row of the table says."""
+    table = torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, -1.0], [0.0, 0.0, 3.0]])
+    bigram = torch.nn.Embedding.from_pretrained(table)
+    idx, generator = torch.arange(3).repeat(4000)[:, None], torch.Generator().manual_seed(0)
+    first, second = gpt.generate(bigram, idx, 8, 2, generator)
+    for before, after in ((idx[:, 0], first), (first, second)):
+        for row in range(3):
+            shares = torch.bincount(after[before == row], minlength=3) / (before == row).sum()
+            torch.testing.assert_close(shares, table[row].softmax(dim=0), atol=0.03, rtol=0)
 
 
 @torch.no_grad()
@@ -98,11 +123,20 @@ def test_cached_sampling_equals_uncached_within_and_beyond_the_window(
     idx = torch.randint(20, (3, length), generator=torch.Generator().manual_seed(1))
     options = {"temperature": temperature, "top_k": 5}
     tiny.train()
-    cached = gpt.generate(tiny, idx, 50, **options, generator=torch.Generator().manual_seed(2))
-    cached = torch.stack(list(cached), dim=1)
-    assert tiny.training and not cached.requires_grad
+    generator = torch.Generator().manual_seed(2)
+    cached = list(gpt.generate_cached(tiny, idx, 50, **options, generator=generator))
+    cached = torch.stack(cached, dim=1)
+    assert not cached.requires_grad
     generator = torch.Generator().manual_seed(2)
     assert torch.equal(cached, uncached(gpt, tiny, idx, 50, **options, generator=generator))
+
+
+def test_cached_and_plain_sampling_write_the_same_within_the_window(gpt, tiny):
+    idx = torch.randint(20, (3, 4), generator=torch.Generator().manual_seed(1))
+    plain = gpt.generate(tiny, idx, 16, 12, torch.Generator().manual_seed(2))
+    cached = gpt.generate_cached(tiny, idx, 12, generator=torch.Generator().manual_seed(2))
+    for ids, same in zip(plain, cached, strict=True):
+        assert torch.equal(ids, same)
 
 
 def test_window_cost_is_that_of_sampling_beyond_the_window(gpt, tiny, monkeypatch):
@@ -116,7 +150,7 @@ def test_window_cost_is_that_of_sampling_beyond_the_window(gpt, tiny, monkeypatc
 
     monkeypatch.setattr(gpt, "choose", choose)
     # Eight ids, half a window, are what a refilled cache begins with; it lasts for nine draws.
-    list(gpt.generate(tiny, data[10:18][None], 9 * 12, temperature=1.0))
+    list(gpt.generate_cached(tiny, data[10:18][None], 9 * 12, temperature=1.0))
     tiny.eval()
     full, refilled = window_losses(tiny, data[1:])
     tiny.train()
@@ -192,28 +226,40 @@ def test_a_save_that_fails_loses_nothing(gpt, tiny, tmp_path):
 
 def test_a_window_of_one_and_an_odd_one(gpt):
     for block_size in (1, 3):
-        model = gpt.initialize(gpt.gpt(gpt.Config(5, block_size=block_size, n_embd=4)), 0)
-        assert len(list(gpt.generate(model, torch.zeros(2, 1, dtype=torch.long), 10))) == 10
+        model = gpt.initialize(gpt.gpt, gpt.Config(5, block_size=block_size, n_embd=4), seed=0)
+        idx = torch.zeros(2, 1, dtype=torch.long)
+        assert len(list(gpt.generate_cached(model, idx, 10))) == 10
 
 
-def test_fetching_writes_the_whole_text_or_nothing(gpt, server, tmp_path):
-    path, digest = tmp_path / "input.txt", hashlib.sha256(b"the text").hexdigest()
-    for page in ("/cut", "/none", "/loop", "/stalled", "/drip", "/text"):
-        expected = "another" if page == "/text" else digest
-        start = time.monotonic()
-        with pytest.raises(gpt.UserError, match="save it yourself as") as error:
-            gpt.fetch_text(path, server + page, expected, patience=1)
-        assert page == "/cut" or (error.type == gpt.NotFetched) == (page != "/text")
-        assert time.monotonic() - start < 5 and not list(tmp_path.iterdir())
-    gpt.fetch_text(path, server + "/moved", digest)
+@pytest.fixture
+def fetch(gpt, server, tmp_path, monkeypatch):
+    """A function that reads a text which has to be fetched from a page of the server first."""
+    monkeypatch.setattr(gpt, "TEXT", tmp_path / "input.txt")
+    monkeypatch.setattr(gpt, "SHA256", hashlib.sha256(b"the text").hexdigest())
+
+    def read(page):
+        monkeypatch.setattr(gpt, "URL", server + page)
+        return gpt.read_text(tmp_path / "input.txt")
+
+    return read
+
+
+def test_the_whole_text_is_fetched_or_nothing(gpt, fetch, tmp_path, capsys):
+    pages = {"/cut": ConnectionError, "/none": ConnectionError, "/loop": ConnectionError}
+    for page, kind in (pages | {"/bad": ConnectionError, "/other": gpt.UserError}).items():
+        with pytest.raises(kind, match=f"(?s){page}.*save it yourself as .*input.txt"):
+            fetch(page)
+        assert not list(tmp_path.iterdir())
+    assert fetch("/moved") == "the text"
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the text"]
+    assert fetch("/none") == "the text" and capsys.readouterr().err == ""  # it is there now
 
 
-def test_without_a_network_the_address_the_file_and_the_digest_are_named(gpt, tmp_path):
-    with pytest.raises(gpt.UserError) as error:
-        gpt.fetch_text(tmp_path / "input.txt", "http://127.0.0.1:9/text")
-    for part in ("http://127.0.0.1:9/text", "input.txt", gpt.SHA256):
-        assert part in str(error.value)
+def test_another_text_in_its_place_is_used_and_noticed(gpt, fetch, tmp_path, capsys):
+    for content, notices in ((b"\xef\xbb\xbfthe text", 0), (b"my text", 1)):
+        (tmp_path / "input.txt").write_bytes(content)
+        assert fetch("/none") == content.decode("utf-8-sig")
+        assert capsys.readouterr().err.count("is not Tiny Shakespeare") == notices
 
 
 @pytest.mark.skipif(not (SCRIPT.parent / "input.txt").exists(), reason="the text is not there")

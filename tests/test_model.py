@@ -98,22 +98,8 @@ def test_the_names_in_a_checkpoint(gpt):
 
 
 def test_loss_at_initialization_is_near_even_odds(gpt):
-    torch.manual_seed(0)
-    for _, _, build in gpt.RUNGS:
-        model = gpt.initialize(build(gpt.Config(65)), 0)
+    for _, _, make in gpt.RUNGS:
+        model = gpt.initialize(make, gpt.Config(65), seed=0)
         idx, targets = torch.randint(65, (2, 64, 8))
         loss = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
         assert abs(loss.item() - math.log(65)) < 0.3
-
-
-def test_cached_greedy_generation_equals_recomputing_within_the_window(gpt):
-    torch.manual_seed(0)
-    config = gpt.Config(65, block_size=32, n_layer=2, n_head=2, n_embd=32)
-    model = gpt.initialize(gpt.gpt(config), 0)
-    prompt = torch.randint(65, (3, 4))
-    cached = torch.stack(list(gpt.generate(model, prompt, 28, temperature=0)), dim=1)
-    idx = prompt
-    for _ in range(28):
-        idx = torch.cat((idx, model(idx)[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
-    assert torch.equal(cached, idx[:, 4:])
-    assert model.training

@@ -1,0 +1,112 @@
+"""Turn weights from the lecture's own code into checkpoints of this project.
+
+Did you type along with "Let's build GPT" and save your model's state_dict? Then sample from it:
+
+    python bigram-to-gpt.py sample --weights yours.pt
+
+The script calls this module when it meets such a file. The two models compute the same, but some
+things have other names or shapes. In the lecture, each head of attention has three small matrices;
+here one matrix, qkv, stacks all of them. The lecture's masks (tril) are not parameters and are left
+out. And some layers are renamed.
+"""
+
+import math
+
+import torch
+
+RENAMED = {  # the lecture's names, and ours
+    "_embedding_table.": "_embedding.",
+    ".sa.proj.": ".attention.proj.",
+    ".ffwd.net.0.": ".feed_forward.up.",
+    ".ffwd.net.2.": ".feed_forward.down.",
+}
+OUTSIDE = "token_embedding_table.weight position_embedding_table.weight lm_head.weight lm_head.bias"
+BLOCK = (
+    "ln1.weight ln1.bias sa.proj.weight sa.proj.bias ln2.weight ln2.bias "
+    "ffwd.net.0.weight ffwd.net.0.bias ffwd.net.2.weight ffwd.net.2.bias"
+)
+BEFORE_BLOCKS = {"token_embedding_table", "position_embedding_table", "lm_head"}
+BEFORE_BLOCKS |= {"sa_head", "sa_heads", "ffwd"}  # what the lecture's earlier stages are made of
+
+
+def convert(checkpoint, vocab):
+    """Two checkpoints, as dicts: one that fits the lecture's published code, one for its video.
+
+    The published code divides attention scores by the root of head_size, as we do. The code that
+    is typed in the video divides them by the root of n_embd, which is larger by the root of n_head.
+    So the video's queries have to be divided by the root of n_head. ValueError if this is not a
+    state_dict of the lecture's GPTLanguageModel, or a dict that holds one.
+    """
+    prefix, theirs = find_weights(checkpoint)
+    n_layer = len({name.split(".")[1] for name in theirs if name.startswith("blocks.")})
+    if f"blocks.{n_layer - 1}.weight" in theirs:  # a stage in which ln_f was the last of the blocks
+        n_layer -= 1
+        for kind in ("weight", "bias"):
+            theirs[f"ln_f.{kind}"] = theirs.pop(f"blocks.{n_layer}.{kind}")
+    heads = {name.split(".")[4] for name in theirs if name.startswith("blocks.0.sa.heads.")}
+    parts = our_parts(n_layer, max(1, len(heads)), "ln_f.weight" in theirs)
+    check_names(theirs, [name for names in parts.values() for name in names], prefix)
+
+    ours = {name: torch.cat([theirs[part].float() for part in parts[name]]) for name in parts}
+    if "ln_f.weight" in ours and (ours["ln_f.weight"] == 1).all() and not ours["ln_f.bias"].any():
+        del ours["ln_f.weight"], ours["ln_f.bias"]  # never trained, so the model did not use it
+    (V, C), T = ours["token_embedding.weight"].shape, len(ours["position_embedding.weight"])
+    config = dict(vocab_size=V, block_size=T, n_layer=n_layer, n_head=len(heads), n_embd=C)
+    video = dict(ours)
+    for n in range(n_layer):
+        query, key_and_value = ours[f"blocks.{n}.attention.qkv.weight"].split((C, 2 * C))
+        scaled = torch.cat((query / math.sqrt(len(heads)), key_and_value))  # (3 C, C)
+        video[f"blocks.{n}.attention.qkv.weight"] = scaled
+    return [dict(config=config, vocab=vocab, model=w, training={}) for w in (ours, video)]
+
+
+def find_weights(checkpoint):
+    """The state_dict of a GPTLanguageModel in a checkpoint, without masks, and the prefix of names.
+
+    A checkpoint is the state_dict itself, or a dict that holds it. A model that was compiled has
+    names with the prefix "_orig_mod.".
+    """
+    if not isinstance(checkpoint, dict):
+        raise ValueError("it holds no dict of weights")
+    dicts = [part for part in (checkpoint, *checkpoint.values()) if isinstance(part, dict)]
+    for weights in dicts:
+        for key in map(str, weights):
+            if key.endswith("token_embedding_table.weight"):
+                prefix = key.removesuffix("token_embedding_table.weight")
+                named = {str(name).removeprefix(prefix): weights[name] for name in weights}
+                return prefix, {name: named[name] for name in named if not name.endswith("tril")}
+    found = ", ".join(map(str, [*max(dicts, key=len)][:3]))
+    raise ValueError(f"neither ours (with a vocab) nor the lecture's: it holds {found}")
+
+
+def our_parts(n_layer, n_head, ln_f):
+    """Our names, each with the lecture's names of the tensors that are stacked in it."""
+    names = OUTSIDE.split() + ["ln_f.weight", "ln_f.bias"] * ln_f
+    names += [f"blocks.{n}.{name}" for n in range(n_layer) for name in BLOCK.split()]
+    parts = {}
+    for name in names:
+        ours = name
+        for old, new in RENAMED.items():
+            ours = ours.replace(old, new)
+        parts[ours] = [name]
+    for n in range(n_layer):
+        parts[f"blocks.{n}.attention.qkv.weight"] = [
+            f"blocks.{n}.sa.heads.{head}.{kind}.weight"
+            for kind in ("query", "key", "value")
+            for head in range(n_head)
+        ]
+    return parts
+
+
+def check_names(found, wanted, prefix):
+    """ValueError if names are found that are not wanted, or the other way round."""
+    if {name.split(".")[0] for name in found} <= BEFORE_BLOCKS:
+        raise ValueError("an earlier stage of the lecture, without blocks: only the last one fits")
+    complaints = []
+    for complaint, names, others in (("unexpected", found, wanted), ("missing", wanted, found)):
+        names = [prefix + name for name in names if name not in others]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            complaints.append(f"{complaint} {', '.join(names[:3])}{more}")
+    if complaints:
+        raise ValueError(f"names not as in the lecture's last model: {'; '.join(complaints)}")
