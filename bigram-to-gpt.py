@@ -36,10 +36,9 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-WEIGHTS = HERE / "gpt_shakespeare.pt"  # the large model, trained in model.ipynb
-MORE = HERE / "assets" / "more.txt"  # text that the large model wrote
-TEXT = HERE / "input.txt"  # Tiny Shakespeare, downloaded when it is first needed
+WEIGHTS = Path(__file__).resolve().with_name("gpt_shakespeare.pt")  # trained in model.ipynb
+MORE = WEIGHTS.with_name("assets") / "more.txt"  # text that the model of these weights wrote
+TEXT = WEIGHTS.with_name("input.txt")  # Tiny Shakespeare, downloaded when it is first needed
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -262,7 +261,8 @@ def train(model, data, val_data, block_size, steps, seed, title="", batch_size=3
     Returns the validation losses, [(step, loss), ...], and how these weights came to be, a dict.
     The optimizer is AdamW (Loshchilov and Hutter, 2019).
     """
-    # The head learns best at five times the rate of the rest. Both rates fall to zero.
+    # The head learns best at five times the rate of the rest. Both rates fall to zero. A step
+    # follows 30 % of the current gradient and 70 % of its running average (the first beta).
     head = [parameter for name, parameter in model.named_parameters() if "head" in name]
     rest = [parameter for name, parameter in model.named_parameters() if "head" not in name]
     groups = [{"params": rest, "lr": max_lr}, {"params": head, "lr": 5 * max_lr}]
@@ -293,13 +293,10 @@ def train(model, data, val_data, block_size, steps, seed, title="", batch_size=3
 
 @torch.inference_mode()
 def generate(model, idx, block_size, max_new_tokens, generator=None):
-    """Continue idx, (B, T), as the lecture does: yield the ids of each new character, (B,).
-
-    Crop to the window, compute all of it, draw one character, and again.
-    """
+    """Continue idx, (B, T), as the lecture does: yield the ids of each new character, (B,)."""
     model.eval()
     for _ in range(max_new_tokens):
-        window = idx[:, -block_size:]  # (B, T), at most block_size
+        window = idx[:, -block_size:]  # (B, T), T at most block_size
         logits = model(window)[:, -1]  # (B, V)
         new = choose(logits, generator=generator)  # (B, 1)
         yield new[:, 0]
@@ -416,7 +413,7 @@ def build(checkpoint):
         model.ln_f = nn.Identity()
     model.load_state_dict(weights)
     if len(vocab := checkpoint["vocab"]) != (size := model.config.vocab_size):
-        sizes = f"it knows {size} characters, its text has {len(vocab)}"
+        sizes = f"the model knows {size} characters, its text has {len(vocab)}"
         raise UserError(f"{sizes}: give the text that it was trained on as --input")
     if all(tensor.dtype == torch.float16 for tensor in weights.values()):
         model.apply(lambda module: module.half() if isinstance(module, Linear) else module)
@@ -511,7 +508,6 @@ def draw(path, grown, counted, name):
              ylim=(low - 0.1 * unit, high + 0.6 * unit), ylabel="nats per character",
              title=f"From bigram to GPT: validation loss on {name}")  # fmt: skip
     axes.set_xticks(steps, steps)
-    axes.minorticks_off()
     axes.figure.savefig(buffer := io.BytesIO(), format="png", dpi=150)
     write(path, buffer.getbuffer())
 
@@ -547,8 +543,7 @@ def evaluate(args):
     for title, key, data in zip(("train", "validation"), ("train_loss", "val_loss"), splits):
         loss = exact_loss(model, data, block_size, title)
         stored = f"{training[key]:.4f}" if key in training else "nothing"
-        bits, perplexity = loss / math.log(2), math.exp(loss)
-        print(f"{title:24} {loss:8.4f} {stored:>12} {bits:10.4f} {perplexity:11.4f}")
+        print(f"{title:24}{loss:9.4f}{stored:>13}{loss / math.log(2):11.4f}{math.exp(loss):12.4f}")
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -607,9 +602,8 @@ def main(argv):
         sys.stdout.flush()
         return 0
     except (UserError, OSError) as error:
-        closed = errno.EPIPE, errno.EINVAL if os.name == "nt" else errno.EPIPE
-        if getattr(error, "errno", 0) in closed and not error.filename:
-            # Whoever read our output, such as `head`, has seen enough.
+        closed = {errno.EPIPE, errno.EINVAL if os.name == "nt" else errno.EPIPE}
+        if getattr(error, "errno", 0) in closed and not error.filename:  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         print("error:", *str(error).split(), file=sys.stderr)
@@ -617,8 +611,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    if hasattr(sys, "ps1"):  # %run in IPython or Jupyter, which must go on and has its own Ctrl-C
-        main(sys.argv[1:])
+    if hasattr(sys, "ps1") or sys.stdout is not sys.__stdout__:
+        main(sys.argv[1:])  # %run in IPython or Jupyter, or IDLE: they go on
     else:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends us at once, without a traceback
         os._exit(main(sys.argv[1:]))  # torch takes 0.3 s or more to end in the usual way

@@ -11,9 +11,11 @@ import subprocess
 import sys
 import tempfile
 
+import nbformat
 import pytest
 import torch
 from conftest import SCRIPT
+from nbclient import NotebookClient
 
 
 def run(*args, script=SCRIPT, **options):
@@ -277,6 +279,34 @@ def test_an_output_folder_that_cannot_be_used_is_found_before_training(grown, re
 
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     assert "Permission denied" in refusal("--input", text, "--out", folder)
+
+
+def test_run_in_a_notebook_neither_ends_nor_changes_the_kernel(grown):
+    folder, _ = grown
+    sample = f"sample --weights {folder / 'one-block.pt'} --tokens 20 --prompt far"
+    cells = [
+        "import signal, torch\nbefore = signal.getsignal(signal.SIGINT), torch.get_num_threads()",
+        f"%run {SCRIPT} {sample}",
+        f"%run {SCRIPT} {sample} --top-k 0",
+        f"%run {SCRIPT} grow --steps 1 --input {folder / 'text.txt'} --out {folder}",
+        "print((signal.getsignal(signal.SIGINT), torch.get_num_threads()) == before)",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
+    NotebookClient(notebook, timeout=60).execute()
+    outputs = ["".join(o.get("text", "") for o in cell.outputs) for cell in notebook.cells]
+    assert re.search("far.{20}", outputs[1], re.S) and "error: --top-k 0" in outputs[2]
+    assert "500 characters" in outputs[3] and outputs[4] == "True\n"
+
+
+def test_a_shell_without_a_real_stdout_goes_on(grown):
+    """As IDLE: its stream has no `reconfigure`, and its process must not end."""
+    folder, _ = grown
+    shell = "import io, runpy, sys; sys.stdout = io.StringIO(); sys.argv = sys.argv[1:]\n"
+    shell += "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    shell += "sys.__stdout__.write(sys.stdout.getvalue() + 'still here')"
+    options = "--weights", folder / "one-block.pt", "--tokens", 9
+    result = run("-c", shell, SCRIPT, "sample", *options, script="-B")
+    assert result.returncode == 0 and re.fullmatch(b".{9}still here", result.stdout, re.S)
 
 
 def test_a_damaged_model_says_what_does_not_fit(grown, refusal, tmp_path):
