@@ -157,7 +157,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):  # (B, T, C)
-        return self.dropout(self.down(F.relu(self.up(x))))  # (B, T, C)
+        return self.dropout(self.down(F.relu(self.up(x), inplace=True)))  # (B, T, C)
 
 
 class Block(nn.Module):
