@@ -30,6 +30,8 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave their cores to others
+
 import numpy as np
 import torch
 from torch import nn
@@ -52,7 +54,7 @@ def vocabulary(text):
 
 def encode(text, vocab):
     """The ids of N characters, (N,). UserError if the vocabulary lacks one of them."""
-    unknown = vocabulary(set(text) - set(vocab))
+    unknown = "".join(sorted(set(text) - set(vocab)))
     if unknown:
         raise UserError(f"the model never saw {unknown[:99]!r}: it knows only {vocab[:999]!r}")
     id_of = {character: i for i, character in enumerate(vocab)}
@@ -74,14 +76,15 @@ def split(text, block_size, name="the text"):
 
 
 def counted_bigram(train_data, val_data, vocab_size):
-    """The losses of a bigram model that is counted, not trained: what the first rung should reach.
+    """The losses of a bigram model that is counted: what the first of the five models should reach.
 
-    We count how often each pair of characters occurs in train_data, plus one: none is impossible.
+    Every count starts at 1, so that a pair which train_data lacks is not impossible.
     """
+    train_ids, val_ids = train_data.numpy(), val_data.numpy()
     pairs = np.ones((vocab_size, vocab_size))  # (V, V)
-    np.add.at(pairs, (train_data[:-1].numpy(), train_data[1:].numpy()), 1)
-    surprise = -np.log(pairs / pairs.sum(axis=1, keepdims=True))  # (V, V)
-    return [surprise[ids[:-1], ids[1:]].mean() for ids in (train_data, val_data)]
+    np.add.at(pairs, (train_ids[:-1], train_ids[1:]), 1)
+    nll = -np.log(pairs / pairs.sum(axis=1, keepdims=True))  # (V, V)
+    return [nll[ids[:-1], ids[1:]].mean() for ids in (train_ids, val_ids)]
 
 
 # ------------------------------------------------------------------ the five models and their parts
@@ -102,9 +105,9 @@ class Config:
 class Linear(nn.Linear):
     """A linear layer that can keep its weights in float16 while everything else is float32.
 
-    When we sample one text, reading the weights from memory takes longer than multiplying. In
-    float16 they are half as large. With many rows multiplying takes longer, and CPUs do that
-    faster in float32.
+    When we sample one text, x is a single row: reading the weights from memory takes longer than
+    multiplying, and in float16 they are half as large. With many rows, multiplying takes longer.
+    CPUs do it faster in float32, so we convert the weights.
     """
 
     def forward(self, x):  # (..., in_features)
@@ -117,9 +120,9 @@ class Linear(nn.Linear):
 class CausalSelfAttention(nn.Module):
     """Each position gathers information from itself and from the positions before it.
 
-    This is the lecture's MultiHeadAttention (Vaswani et al., 2017), with one matrix for queries,
-    keys and values of all heads. In sampling, a cache holds keys and values of `start` positions
-    before x.
+    This is the lecture's MultiHeadAttention (Vaswani et al., 2017), with one matrix for the
+    queries, keys and values of all heads. While sampling, a cache holds the keys and values of the
+    `start` positions before x.
     """
 
     def __init__(self, config):
@@ -132,8 +135,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None, start=0):  # (B, T, C)
         B, T, C = x.shape
-        heads = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_size) each
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_size) each
         if cache is not None:  # (2, B, n_head, block_size, head_size)
             cache[..., start : start + T, :] = torch.stack((k, v))
             k, v = cache[..., : start + T, :]  # (B, n_head, S, head_size) each
@@ -165,8 +168,10 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln1, self.attention = nn.LayerNorm(config.n_embd), CausalSelfAttention(config)
-        self.ln2, self.feed_forward = nn.LayerNorm(config.n_embd), FeedForward(config)
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.attention = CausalSelfAttention(config)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        self.feed_forward = FeedForward(config)
 
     def forward(self, x, cache=None, start=0):  # (B, T, C)
         x = x + self.attention(self.ln1(x), cache, start)  # (B, T, C)
@@ -198,7 +203,7 @@ def gpt(config):
     return Model(config, [Block] * config.n_layer, nn.LayerNorm)
 
 
-RUNGS = (  # name, what it adds to the one before, how to make it
+RUNGS = (  # the steps from bigram to GPT: name, what it adds to the one before, how to make it
     ("bigram", "a table of logits", lambda c: nn.Embedding(c.vocab_size, c.vocab_size)),
     ("position", "token and position embedded", Model),
     ("attention", "positions talk", lambda c: Model(c, [CausalSelfAttention])),
@@ -208,16 +213,13 @@ RUNGS = (  # name, what it adds to the one before, how to make it
 
 
 def initialize(make, config, seed):
-    """A new model, its first weights drawn from the seed alone.
-
-    The matrices are orthogonal (Saxe et al., 2014), the embeddings large, the head small.
-    """
+    """A new model with orthogonal matrices (Saxe et al., 2014), drawn from the seed alone."""
     torch.manual_seed(seed)
     model = make(config)
+    gains = {"token_embedding.weight": 2.0, "position_embedding.weight": 2.0, "lm_head.weight": 0.3}
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
-            gain = 2.0 if "embedding" in name else 0.3 if "lm_head" in name else 1.0
-            nn.init.orthogonal_(parameter, gain)
+            nn.init.orthogonal_(parameter, gains.get(name, 1.0))
     return model
 
 
@@ -226,16 +228,15 @@ def initialize(make, config, seed):
 
 @torch.inference_mode()
 def exact_loss(model, data, block_size, title=None):
-    """The mean loss over every character of data, (N,), except the first: no random batches."""
-    was_training = model.training
+    """The mean loss over every character of data, (N,), except the first. With a title: a bar."""
+    was_training, size = model.training, len(data) - 1
     model.eval()  # dropout off
-    size = len(data) - 1
     padding = -size % block_size  # fills the last window; cross_entropy ignores targets of -100
     x = F.pad(data[:-1], (0, padding)).view(-1, block_size)  # (N, T)
     y = F.pad(data[1:], (0, padding), value=-100).view(-1, block_size)  # (N, T)
     rows, total = max(1, 2048 // block_size), 0.0  # batches that fit into a core's cache
-    parts = [*zip(x.split(rows), y.split(rows))]  # (B, T) each
-    for inputs, targets in tqdm(parts, title, leave=False, disable=None if title else True):
+    pairs = list(zip(x.split(rows), y.split(rows)))  # (B, T) each
+    for inputs, targets in tqdm(pairs, title, leave=False, disable=None if title else True):
         logits = model(inputs).flatten(0, 1)  # (B * T, V)
         total += F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
     model.train(was_training)
@@ -243,33 +244,30 @@ def exact_loss(model, data, block_size, title=None):
 
 
 def batches(data, block_size, batch_size, seed):
-    """Yield inputs and targets forever, (B, T) each: windows of data, dealt like cards."""
+    """Yield inputs and targets forever, (B, T) each. No window comes again before all have come."""
     windows = data.unfold(0, block_size + 1, block_size)  # (N, T + 1)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.long)
     while True:
-        while len(order) < batch_size:  # all are dealt: shuffle them again
-            order = torch.cat((order, torch.randperm(len(windows), generator=generator)))
-        rows, order = order[:batch_size], order[batch_size:]  # (B,) and the rest
-        batch = windows[rows]  # (B, T + 1)
-        yield batch[:, :-1], batch[:, 1:]
+        for rows in torch.randperm(len(windows), generator=generator).split(batch_size):  # (B,)
+            batch = windows[rows]  # (B, T + 1)
+            yield batch[:, :-1], batch[:, 1:]
 
 
-def train(model, data, val_data, block_size, steps, seed, title="", batch_size=32, max_lr=5e-3):
-    """Train a model and leave it with the best weights on the way.
+def train(model, data, val_data, block_size, steps, seed, title=None, batch_size=32, max_lr=5e-3):
+    """Train a model, then load the weights that had the lowest validation loss on the way.
 
-    Returns the validation losses, [(step, loss), ...], and how these weights came to be, a dict.
-    The optimizer is AdamW (Loshchilov and Hutter, 2019).
+    Returns the validation losses, [(step, loss), ...], and a dict: step, losses and seed of these
+    weights. The optimizer is AdamW (Loshchilov and Hutter, 2019).
     """
     # The head learns best at five times the rate of the rest. Both rates fall to zero. A step
     # follows 30 % of the current gradient and 70 % of its running average (the first beta).
-    head = [parameter for name, parameter in model.named_parameters() if "head" in name]
-    rest = [parameter for name, parameter in model.named_parameters() if "head" not in name]
+    head = [parameter for name, parameter in model.named_parameters() if "lm_head" in name]
+    rest = [parameter for name, parameter in model.named_parameters() if "lm_head" not in name]
     groups = [{"params": rest, "lr": max_lr}, {"params": head, "lr": 5 * max_lr}]
     optimizer = torch.optim.AdamW(groups, betas=(0.7, 0.99), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     eval_steps = {math.ceil(steps * part) for part in (1 / 30, 1 / 10, 1 / 3, 1)}
-    curve, best = [], copy.deepcopy(model.state_dict())
+    curve, best_loss = [], math.inf
     bar = tqdm(range(1, steps + 1), title, leave=False, disable=None)  # only in a terminal
     for step, (x, y) in zip(bar, batches(data, block_size, batch_size, seed)):
         logits = model(x)  # (B, T, V)
@@ -279,13 +277,13 @@ def train(model, data, val_data, block_size, steps, seed, title="", batch_size=3
         optimizer.step()
         schedule.step()
         if step in eval_steps:
-            curve.append((step, exact_loss(model, val_data, block_size)))
-            if curve[-1][1] == min(loss for _, loss in curve):
-                best = copy.deepcopy(model.state_dict())
+            val_loss = exact_loss(model, val_data, block_size)
+            curve.append((step, val_loss))
+            if val_loss < best_loss:
+                best_step, best_loss, best = step, val_loss, copy.deepcopy(model.state_dict())
     model.load_state_dict(best)
-    step, val_loss = min(curve, key=lambda point: point[1])
     train_loss = exact_loss(model, data, block_size)
-    return curve, {"step": step, "train_loss": train_loss, "val_loss": val_loss, "seed": seed}
+    return curve, {"step": best_step, "train_loss": train_loss, "val_loss": best_loss, "seed": seed}
 
 
 # --------------------------------------------------------------------------------------- sampling
@@ -293,7 +291,7 @@ def train(model, data, val_data, block_size, steps, seed, title="", batch_size=3
 
 @torch.inference_mode()
 def generate(model, idx, block_size, max_new_tokens, generator=None):
-    """Continue idx, (B, T), as the lecture does: yield the ids of each new character, (B,)."""
+    """Continue idx, (B, T), as in the lecture: yield the next id of each row, (B,), many times."""
     model.eval()
     for _ in range(max_new_tokens):
         window = idx[:, -block_size:]  # (B, T), T at most block_size
@@ -307,20 +305,20 @@ def choose(logits, temperature=1.0, top_k=None, generator=None):
     """Draw an id for each row of logits, (B, V) to (B, 1). Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    top = logits.topk(min(top_k or 1, logits.shape[-1])).values  # (B, k), the largest first
-    scaled = (logits - top[:, :1]).double() / temperature  # (B, V), at most 0: nothing overflows
     if top_k:
-        scaled = scaled.masked_fill(logits < top[:, -1:], -math.inf)
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < least, -math.inf)
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # (B, V), at most 0: nothing overflows
+    scaled = logits.double() / temperature  # (B, V)
     return torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator)
 
 
 @torch.inference_mode()
 def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
-    """Continue idx, (B, T), much faster: yield the ids of each new character, (B,).
+    """Continue idx as generate does, but send only the newest character through the model.
 
-    Every attention layer keeps its keys and values, so that only the newest character has to go
-    through the model. These keys and values already contain their position embeddings, so they
-    cannot be shifted: when the window is full, we start again with its last half.
+    Every attention layer keeps all keys and values. They already contain their position embeddings,
+    so they cannot be shifted: when the window is full, we start again with its last half.
     """
     model.eval()
     c, block_size = model.config, model.config.block_size
@@ -332,7 +330,7 @@ def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=None, gen
             unread, start = window[:, -max(1, block_size // 2) :], 0  # (B, T / 2)
         logits = model(unread, cache, start)[:, -1]  # (B, V)
         if not logits.isfinite().all():
-            raise UserError("the model's numbers overflow: try --precision float32")
+            raise UserError("damaged weights, or too large for float16: try --precision float32")
         start += unread.shape[1]
         unread = choose(logits, temperature, top_k, generator)  # (B, 1)
         yield unread[:, 0]
@@ -360,12 +358,12 @@ def download_text():
     """Save Tiny Shakespeare, all of it or nothing. ConnectionError if it does not arrive."""
     remedy = f"try again, or save it yourself as {TEXT}"
     try:
-        with urlopen(URL, timeout=30) as reply:  # seconds without a sign of life
+        with urlopen(URL, timeout=30) as reply:  # seconds of silence
             content = reply.read()
     except (OSError, HTTPException) as error:
         raise ConnectionError(f"cannot download {URL} ({error}): {remedy}") from None
     if hashlib.sha256(content).hexdigest() != SHA256:
-        raise UserError(f"{URL} sent something else than Tiny Shakespeare: {remedy}")
+        raise UserError(f"{URL} sent something other than Tiny Shakespeare: {remedy}")
     write(TEXT, content)
 
 
@@ -378,7 +376,7 @@ def read_text(path):
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8: convert it") from None
     if path == TEXT and hashlib.sha256(text.encode()).hexdigest() != SHA256:
-        print(f"{path} is not Tiny Shakespeare; to download that, delete it", file=sys.stderr)
+        print(f"{path} is not Tiny Shakespeare: delete it to download that", file=sys.stderr)
     return text
 
 
@@ -390,7 +388,7 @@ def save(path, model, vocab, training):
 
 
 def load(path, text_path=TEXT):
-    """Read a checkpoint, ours or the lecture's: its GPT, its vocabulary, how it was trained."""
+    """The model, vocabulary and training record in a checkpoint, ours or the lecture's."""
     if not path.is_file():
         raise UserError(f"no file {path}: train a model first (grow), then --weights one-block.pt")
     try:
@@ -400,24 +398,25 @@ def load(path, text_path=TEXT):
         return build_lecture(checkpoint, read_text(text_path))
     except Exception as error:  # a damaged file makes torch.load raise almost anything
         if isinstance(error, (UserError, ConnectionError)) or getattr(error, "filename", None):
-            raise
+            raise  # the problem is a text or access to a file, not what the checkpoint holds
         if "weights_only" in str(error):  # torch advises to do without
             error = "save a model by torch.save(model.state_dict(), ...)"
-        raise UserError(f"{path} is damaged, or not such a model: {error!s:.300}") from None
+        raise UserError(f"{path} is damaged, or another model: {error!s:.300}") from None
 
 
 def build(checkpoint):
-    """The GPT in a checkpoint, its vocabulary, how it was trained. All shapes must fit."""
+    """The model, vocabulary and training record in a dict. All shapes must fit."""
     model, weights = gpt(Config(**checkpoint["config"])), checkpoint["model"]
     if "ln_f.weight" not in weights:  # some who typed the lecture's code never used it
         model.ln_f = nn.Identity()
     model.load_state_dict(weights)
-    if len(vocab := checkpoint["vocab"]) != (size := model.config.vocab_size):
+    vocab, size = checkpoint["vocab"], model.config.vocab_size
+    if len(vocab) != size:
         sizes = f"the model knows {size} characters, its text has {len(vocab)}"
         raise UserError(f"{sizes}: give the text that it was trained on as --input")
     if all(tensor.dtype == torch.float16 for tensor in weights.values()):
         model.apply(lambda module: module.half() if isinstance(module, Linear) else module)
-    return model.eval(), vocab, checkpoint["training"]
+    return model.eval(), vocab, dict(checkpoint["training"])
 
 
 def build_lecture(checkpoint, text):
@@ -428,12 +427,12 @@ def build_lecture(checkpoint, text):
     versions = [build(version) for version in lecture.convert(checkpoint, vocab)]
     ids, untrained = encode(text[:5000], vocab), math.log(len(vocab))
     losses = [exact_loss(model, ids, model.config.block_size) for model, *_ in versions]
-    video = losses[1] < min(0.98 * losses[0], 0.8 * untrained)
-    loss, code = losses[video], "video" if video else "code"
+    best = 1 if losses[1] < min(0.98 * losses[0], 0.8 * untrained) else 0  # in doubt, the code
+    code, loss = ("published code", "video")[best], losses[best]
     doubt = "" if loss < 0.8 * untrained else "; WARNING: another text, or a changed model?"
-    print(f"weights of the lecture's {code}: loss {loss:.2f} on the first {len(ids):,} characters "
-          f"({untrained:.2f} if untrained){doubt}", file=sys.stderr)  # fmt: skip
-    return versions[video]
+    print(f"weights that fit the lecture's {code}: loss {loss:.2f} on the first {len(ids):,} "
+          f"characters ({untrained:.2f} if untrained){doubt}", file=sys.stderr)  # fmt: skip
+    return versions[best]
 
 
 # ----------------------------------------------------------------------------------- three commands
@@ -444,7 +443,7 @@ def grow(args):
     try:
         text = read_text(args.input)
     except ConnectionError as error:
-        print(f"WARNING: {error}\nWARNING: using {MORE} instead: other losses", file=sys.stderr)
+        print(f"WARNING: {error}\nWARNING: using {MORE}, so losses differ", file=sys.stderr)
         args.input, text = MORE, read_text(MORE)
     vocab, name = vocabulary(text), args.input.name
     config, seed = Config(len(vocab)), 1337 if args.seed is None else args.seed
@@ -457,15 +456,16 @@ def grow(args):
 
     print("\n60 characters from each (↵ is a new line):\n")
     start = torch.zeros(1, 1, dtype=torch.long)
-    for title, model, _, training in grown:
+    for title, model, _, _ in grown:
         ids = generate(model, start, config.block_size, 60, torch.Generator().manual_seed(seed))
-        print(f"{title:14} {decode(ids, vocab)}".replace("\n", "↵"))
-    training |= {"device": "cpu", "torch": str(torch.__version__), "text": name}  # of the last
-    save(weights := args.out / "one-block.pt", model, vocab, training)
-    draw(picture := args.out / "growth.png", grown, counted[1], name)
-    print(f"wrote {weights} and {picture}", file=sys.stderr)
+        print(f"{title:14}", decode(ids, vocab).replace("\n", "↵"))
+    _, model, _, training = grown[-1]
+    training |= {"device": "cpu", "torch": str(torch.__version__), "text": name}
+    save(args.out / "one-block.pt", model, vocab, training)
+    draw(args.out / "growth.png", grown, counted[1], name)
+    print(f"wrote one-block.pt and growth.png to {args.out.resolve()}", file=sys.stderr)
     ids = generate_cached(model, start, 500, generator=torch.Generator().manual_seed(seed))
-    print(f"\n500 characters from {title}:\n\n{decode(ids, vocab)}")
+    print(f"\n500 characters from the last model:\n\n{decode(ids, vocab)}")
 
 
 def grow_rungs(config, data, val_data, counted, steps, seed):
@@ -487,7 +487,7 @@ def grow_rungs(config, data, val_data, counted, steps, seed):
 
 
 def draw(path, grown, counted, name):
-    """Plot the validation losses on the way. The numbers are those of the weights that we keep."""
+    """Plot the validation losses. A label gives the loss of the weights that a model keeps."""
     from matplotlib.figure import Figure  # takes half a second, which sampling need not wait for
 
     axes = Figure(figsize=(9, 5), layout="constrained").subplots()
@@ -499,14 +499,14 @@ def draw(path, grown, counted, name):
         [line] = axes.plot(*zip(*curve), "o-")
         ends.append((curve[-1][1], f"{training['val_loss']:.3f}  {title}", line.get_color()))
     steps, low, high = [step for step, _ in curve], min(ends)[0], max(ends)[0]
-    last, height, unit = steps[-1], 0, max(high - low, 0.1)
+    last, height, span = steps[-1], 0, max(high - low, 0.1)
     for end, label, color in sorted(ends):
-        height = max(end, height + 0.07 * unit)  # labels must not cover each other
+        height = max(end, height + 0.07 * span)  # labels must not cover each other
         arrow = {"arrowstyle": "-", "color": color, "relpos": (0, 0.5)}
         axes.annotate(label, (last, end), (1.2 * last, height), arrowprops=arrow, va="center")
     axes.set(xscale="log", xlim=(0.9 * steps[0], 1.1 * last), xlabel="iteration",
-             ylim=(low - 0.1 * unit, high + 0.6 * unit), ylabel="nats per character",
-             title=f"From bigram to GPT: validation loss on {name}")  # fmt: skip
+             ylim=(low - 0.1 * span, high + 0.6 * span), ylabel="nats per character",
+             title=f"What each idea adds: validation loss on {name}")  # fmt: skip
     axes.set_xticks(steps, steps)
     axes.figure.savefig(buffer := io.BytesIO(), format="png", dpi=150)
     write(path, buffer.getbuffer())
@@ -521,15 +521,15 @@ def sample(args):
     seed = torch.seed() % 2**32 if args.seed is None else args.seed
     idx = encode(prompt or vocab[0], vocab).repeat(args.samples, 1)  # (B, T)
     options = args.temperature, args.top_k, torch.Generator().manual_seed(seed)
-    columns, start = generate_cached(model, idx, args.tokens, *options), time.perf_counter()
+    drawn, began = generate_cached(model, idx, args.tokens, *options), time.perf_counter()
     if args.samples == 1:
         print(prompt, end="", flush=True)
-        for ids in columns:  # (1,)
+        for ids in drawn:  # (1,)
             print(vocab[ids[0]], end="", flush=True)
     else:
-        texts = zip(*(ids.tolist() for ids in columns))
+        texts = zip(*(ids.tolist() for ids in drawn))  # one for each row
         print(f"\n{'-' * 40}\n".join(prompt + decode(ids, vocab) for ids in texts), end="")
-    speed = args.samples * args.tokens / (time.perf_counter() - start)
+    speed = args.samples * args.tokens / (time.perf_counter() - began)
     print("\n" if sys.stdout.isatty() else "", end="", flush=True)
     print(f"{speed:,.0f} characters per second, seed {seed}", file=sys.stderr)
 
@@ -563,14 +563,14 @@ def parse(argv):
         "input": {"type": Path, "default": TEXT, "help": "a UTF-8 text (Tiny Shakespeare)"},
         "steps": {"type": int, "default": 3000, "help": "iterations per model (3000)"},
         "seed": {"type": int, "help": "the same seed gives the same result (grow: 1337)"},
-        "out": {"type": Path, "default": Path(), "help": "folder for the two files (this one)"},
+        "out": {"type": Path, "default": Path(), "help": "folder for the files (current one)"},
         "weights": {"type": Path, "default": WEIGHTS, "help": f"a checkpoint ({WEIGHTS.name})"},
         "prompt": {"default": "", "help": "what to continue; - reads it from stdin"},
         "tokens": {"type": int, "default": 500, "help": "how many characters (500)"},
-        "temperature": {"type": float, "default": 1.0, "help": "0 is sure, 2 is wild (1)"},
-        "top-k": {"type": int, "help": "draw from so many of the likeliest characters only"},
+        "temperature": {"type": float, "default": 1.0, "help": "0: the likeliest (1)"},
+        "top-k": {"type": int, "help": "draw from this many of the likeliest characters"},
         "samples": {"type": int, "default": 1, "help": "how many texts (1)"},
-        "precision": {"choices": ("stored", "float32"), "default": "stored", "help": "of weights"},
+        "precision": {"choices": ("stored", "float32"), "default": "stored"},
     }
     parser = Parser(description="Grow a bigram table into a GPT. Each action has its own --help.")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
@@ -584,10 +584,11 @@ def parse(argv):
         for name in names.split():
             action.add_argument(f"--{name}", **options[name])
     args = parser.parse_args(argv)
-    least = {"steps": 1, "tokens": 1, "samples": 1, "top_k": 1, "seed": 0, "temperature": 0}
-    for name, value in vars(args).items():
-        low, high = least.get(name), 256 if name == "samples" else 10**18
-        if None not in (low, value) and not low <= value <= high:
+    bounds = {name: (1, 10**9) for name in ("steps", "tokens", "top_k")}
+    bounds |= {"samples": (1, 256), "seed": (0, 2**63 - 1), "temperature": (0, 10**9)}
+    for name, (low, high) in bounds.items():
+        value = getattr(args, name, None)  # None: not given, or not an option of this action
+        if value is not None and not low <= value <= high:  # refuses nan as well
             parser.error(f"--{name.replace('_', '-')} {value}: it must be from {low} to {high:,}")
     return args
 
@@ -601,9 +602,9 @@ def main(argv):
         args.run(args)
         sys.stdout.flush()
         return 0
-    except (UserError, OSError) as error:
-        closed = {errno.EPIPE, errno.EINVAL if os.name == "nt" else errno.EPIPE}
-        if getattr(error, "errno", 0) in closed and not error.filename:  # `| head` has seen enough
+    except (UserError, OSError, UnicodeError) as error:
+        closed = (errno.EPIPE, errno.EINVAL) if os.name == "nt" else (errno.EPIPE,)
+        if getattr(error, "errno", 0) in closed and not error.filename:  # stdout, as by `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         print("error:", *str(error).split(), file=sys.stderr)
@@ -612,7 +613,7 @@ def main(argv):
 
 if __name__ == "__main__":
     if hasattr(sys, "ps1") or sys.stdout is not sys.__stdout__:
-        main(sys.argv[1:])  # %run in IPython or Jupyter, or IDLE: they go on
+        main(sys.argv[1:])  # do not exit: this is IPython, Jupyter (%run) or IDLE
     else:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends us at once, without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
         os._exit(main(sys.argv[1:]))  # torch takes 0.3 s or more to end in the usual way

@@ -25,8 +25,9 @@ BLOCK = (
     "ln1.weight ln1.bias sa.proj.weight sa.proj.bias ln2.weight ln2.bias "
     "ffwd.net.0.weight ffwd.net.0.bias ffwd.net.2.weight ffwd.net.2.bias"
 )
-BEFORE_BLOCKS = {"token_embedding_table", "position_embedding_table", "lm_head"}
-BEFORE_BLOCKS |= {"sa_head", "sa_heads", "ffwd"}  # what the lecture's earlier stages are made of
+# What the lecture's earlier stages are made of.
+BEFORE_BLOCKS = {"token_embedding_table", "position_embedding_table", "sa_head", "sa_heads", "ffwd"}
+BEFORE_BLOCKS |= {"ln_f", "lm_head"}
 
 
 def convert(checkpoint, vocab):
@@ -41,8 +42,9 @@ def convert(checkpoint, vocab):
     n_layer = len({name.split(".")[1] for name in theirs if name.startswith("blocks.")})
     if f"blocks.{n_layer - 1}.weight" in theirs:  # a stage in which ln_f was the last of the blocks
         n_layer -= 1
-        for kind in ("weight", "bias"):
-            theirs[f"ln_f.{kind}"] = theirs.pop(f"blocks.{n_layer}.{kind}")
+        last = f"blocks.{n_layer}."
+        theirs = {name.replace(last, "ln_f."): theirs[name] for name in theirs}
+    # The part of a name at place 4 is the number of a head: blocks.0.sa.heads.NUMBER.key.weight.
     heads = {name.split(".")[4] for name in theirs if name.startswith("blocks.0.sa.heads.")}
     parts = our_parts(n_layer, max(1, len(heads)), "ln_f.weight" in theirs)
     check_names(theirs, [name for names in parts.values() for name in names], prefix)
@@ -75,13 +77,13 @@ def find_weights(checkpoint):
                 prefix = key.removesuffix("token_embedding_table.weight")
                 named = {str(name).removeprefix(prefix): weights[name] for name in weights}
                 return prefix, {name: named[name] for name in named if not name.endswith("tril")}
-    found = ", ".join(map(str, [*max(dicts, key=len)][:3]))
+    found = ", ".join(map(str, list(max(dicts, key=len))[:3]))
     raise ValueError(f"neither ours (with a vocab) nor the lecture's: it holds {found}")
 
 
 def our_parts(n_layer, n_head, ln_f):
     """Our names, each with the lecture's names of the tensors that are stacked in it."""
-    names = OUTSIDE.split() + ["ln_f.weight", "ln_f.bias"] * ln_f
+    names = OUTSIDE.split() + (["ln_f.weight", "ln_f.bias"] if ln_f else [])
     names += [f"blocks.{n}.{name}" for n in range(n_layer) for name in BLOCK.split()]
     parts = {}
     for name in names:

@@ -162,7 +162,7 @@ def test_both_scales_of_scores_in_the_lecture(shipped, loaded, video):
     """Its video divides by sqrt(n_embd): there queries are sqrt(n_head) times as large."""
     scale = math.sqrt(6) if video else 1.0
     model, err = loaded(in_terms_of_the_lecture(shipped[0].state_dict(), 6, scale))
-    assert ("lecture's video" if video else "lecture's code") in err and "WARNING" not in err
+    assert f"lecture's {'video' if video else 'published code'}" in err and "WARNING" not in err
     assert re.search(r"loss 1\.\d\d on the first 5,000 characters \(4\.17 if untrained\)\n", err)
     assert_same(model, shipped[0])
 
