@@ -267,7 +267,7 @@ def train(model, data, val_data, block_size, steps, seed, title=None, batch_size
     optimizer = torch.optim.AdamW(groups, betas=(0.7, 0.99), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     eval_steps = {math.ceil(steps * part) for part in (1 / 30, 1 / 10, 1 / 3, 1)}
-    curve, best_loss = [], math.inf
+    curve, best_step, best_loss, best = [], 0, math.inf, model.state_dict()
     bar = tqdm(range(1, steps + 1), title, leave=False, disable=None)  # only in a terminal
     for step, (x, y) in zip(bar, batches(data, block_size, batch_size, seed)):
         logits = model(x)  # (B, T, V)
