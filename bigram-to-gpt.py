@@ -30,8 +30,6 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave their cores to others
-
 import numpy as np
 import torch
 from torch import nn
@@ -76,12 +74,9 @@ def split(text, block_size, name="the text"):
 
 
 def counted_bigram(train_data, val_data, vocab_size):
-    """The losses of a bigram model that is counted: what the first of the five models should reach.
-
-    Every count starts at 1, so that a pair which train_data lacks is not impossible.
-    """
+    """The losses of a counted bigram model: what the first of the five models should reach."""
     train_ids, val_ids = train_data.numpy(), val_data.numpy()
-    pairs = np.ones((vocab_size, vocab_size))  # (V, V)
+    pairs = np.ones((vocab_size, vocab_size))  # (V, V); not zeros, so that no pair is impossible
     np.add.at(pairs, (train_ids[:-1], train_ids[1:]), 1)
     nll = -np.log(pairs / pairs.sum(axis=1, keepdims=True))  # (V, V)
     return [nll[ids[:-1], ids[1:]].mean() for ids in (train_ids, val_ids)]
@@ -393,14 +388,14 @@ def load(path, text_path=TEXT):
         raise UserError(f"no file {path}: train a model first (grow), then --weights one-block.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-        if "vocab" in checkpoint:
+        if isinstance(checkpoint, dict) and "vocab" in checkpoint:
             return build(checkpoint)
         return build_lecture(checkpoint, read_text(text_path))
     except Exception as error:  # a damaged file makes torch.load raise almost anything
         if isinstance(error, (UserError, ConnectionError)) or getattr(error, "filename", None):
             raise  # the problem is a text or access to a file, not what the checkpoint holds
         if "weights_only" in str(error):  # torch advises to do without
-            error = "save a model by torch.save(model.state_dict(), ...)"
+            error = "it is not what torch.save(model.state_dict(), ...) writes"
         raise UserError(f"{path} is damaged, or another model: {error!s:.300}") from None
 
 
@@ -450,20 +445,21 @@ def grow(args):
     splits = [encode(part, vocab) for part in split(text, config.block_size, args.input)]
     args.out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out).close()  # better an error now than after training
+    torch.set_num_threads(1)  # for each model; the first weights depend on it, if only a little
     print(f"{name}: {len(text):,} characters, {len(vocab)} of them distinct\n")
     counted = counted_bigram(*splits, len(vocab))
     grown = grow_rungs(config, *splits, counted, args.steps, seed)
 
-    print("\n60 characters from each (↵ is a new line):\n")
-    start = torch.zeros(1, 1, dtype=torch.long)
-    for title, model, _, _ in grown:
-        ids = generate(model, start, config.block_size, 60, torch.Generator().manual_seed(seed))
-        print(f"{title:14}", decode(ids, vocab).replace("\n", "↵"))
     _, model, _, training = grown[-1]
     training |= {"device": "cpu", "torch": str(torch.__version__), "text": name}
     save(args.out / "one-block.pt", model, vocab, training)
     draw(args.out / "growth.png", grown, counted[1], name)
     print(f"wrote one-block.pt and growth.png to {args.out.resolve()}", file=sys.stderr)
+    print("\n60 characters from each (↵ is a new line):\n")
+    start = torch.zeros(1, 1, dtype=torch.long)
+    for title, each, _, _ in grown:
+        ids = generate(each, start, config.block_size, 60, torch.Generator().manual_seed(seed))
+        print(f"{title:14}", decode(ids, vocab).replace("\n", "↵"))
     ids = generate_cached(model, start, 500, generator=torch.Generator().manual_seed(seed))
     print(f"\n500 characters from the last model:\n\n{decode(ids, vocab)}")
 
@@ -476,7 +472,7 @@ def grow_rungs(config, data, val_data, counted, steps, seed):
     titles = [f"{i} {name}" for i, (name, _, _) in enumerate(RUNGS, start=1)]
     models, grown = [initialize(make, config, seed) for _, _, make in RUNGS], []
     common = data, val_data, config.block_size, steps, seed
-    pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=[1])
+    pool = ThreadPoolExecutor(os.cpu_count())  # faster than all cores on one model
     results = pool.map(lambda model, title: train(model, *common, title), models, titles)
     for title, (_, adds, _), model, (curve, training) in zip(titles, RUNGS, models, results):
         size = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
@@ -494,20 +490,23 @@ def draw(path, grown, counted, name):
     # The colours of Okabe and Ito: colour-blind readers can tell them apart.
     axes.set_prop_cycle(color=["#E69F00", "#56B4E9", "#D55E00", "#009E73", "#0072B2", "#CC79A7"])
     axes.axhline(counted, linestyle=":", color="black")
-    ends = [(counted, f"{counted:.3f}  0 counting", "black")]
+    steps = [step for step, _ in grown[0][2]]
+    labels = [(counted, steps[-1], "0 counting", "black")]
     for title, _, curve, training in grown:
         [line] = axes.plot(*zip(*curve), "o-")
-        ends.append((curve[-1][1], f"{training['val_loss']:.3f}  {title}", line.get_color()))
-    steps, low, high = [step for step, _ in curve], min(ends)[0], max(ends)[0]
-    last, height, span = steps[-1], 0, max(high - low, 0.1)
-    for end, label, color in sorted(ends):
-        height = max(end, height + 0.07 * span)  # labels must not cover each other
+        labels.append((training["val_loss"], training["step"], title, line.get_color()))
+    low, high, height = min(labels)[0], max(labels)[0], 0
+    span = max(high - low, 0.1)
+    for loss, step, title, color in sorted(labels):
+        height = max(loss, height + 0.07 * span)  # labels must not cover each other
         arrow = {"arrowstyle": "-", "color": color, "relpos": (0, 0.5)}
-        axes.annotate(label, (last, end), (1.2 * last, height), arrowprops=arrow, va="center")
-    axes.set(xscale="log", xlim=(0.9 * steps[0], 1.1 * last), xlabel="iteration",
-             ylim=(low - 0.1 * span, high + 0.6 * span), ylabel="nats per character",
-             title=f"What each idea adds: validation loss on {name}")  # fmt: skip
+        axes.annotate(f"{loss:.3f}  {title}", (step, loss), (1.03, height), arrowprops=arrow,
+                      textcoords=axes.get_yaxis_transform(), va="center")  # fmt: skip
+    axes.set(xscale="log", xlim=(0.9 * steps[0], 1.1 * steps[-1]), xlabel="iteration",
+             ylim=(low - 0.1 * span, high + 0.6 * span), ylabel="nats per character")  # fmt: skip
     axes.set_xticks(steps, steps)
+    axes.minorticks_off()
+    axes.set_title(f"What each idea adds: validation loss on {ascii(name)}", parse_math=False)
     axes.figure.savefig(buffer := io.BytesIO(), format="png", dpi=150)
     write(path, buffer.getbuffer())
 
@@ -517,7 +516,7 @@ def sample(args):
     model, vocab, _ = load(args.weights, args.input)
     if args.precision == "float32" or args.samples > 1:  # only single rows are faster in float16
         model.float()
-    prompt = sys.stdin.read().removeprefix("\ufeff") if args.prompt == "-" else args.prompt
+    prompt = open(0, encoding="utf-8-sig").read() if args.prompt == "-" else args.prompt
     seed = torch.seed() % 2**32 if args.seed is None else args.seed
     idx = encode(prompt or vocab[0], vocab).repeat(args.samples, 1)  # (B, T)
     options = args.temperature, args.top_k, torch.Generator().manual_seed(seed)
@@ -584,10 +583,9 @@ def parse(argv):
         for name in names.split():
             action.add_argument(f"--{name}", **options[name])
     args = parser.parse_args(argv)
-    bounds = {name: (1, 10**9) for name in ("steps", "tokens", "top_k")}
-    bounds |= {"samples": (1, 256), "seed": (0, 2**63 - 1), "temperature": (0, 10**9)}
-    for name, (low, high) in bounds.items():
-        value = getattr(args, name, None)  # None: not given, or not an option of this action
+    least = {"steps": 1, "tokens": 1, "samples": 1, "top_k": 1, "seed": 0, "temperature": 0}
+    for name, low in least.items():
+        high, value = (256 if name == "samples" else 2**32), getattr(args, name, None)
         if value is not None and not low <= value <= high:  # refuses nan as well
             parser.error(f"--{name.replace('_', '-')} {value}: it must be from {low} to {high:,}")
     return args
@@ -613,7 +611,9 @@ def main(argv):
 
 if __name__ == "__main__":
     if hasattr(sys, "ps1") or sys.stdout is not sys.__stdout__:
+        threads = torch.get_num_threads()
         main(sys.argv[1:])  # do not exit: this is IPython, Jupyter (%run) or IDLE
+        torch.set_num_threads(threads)
     else:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
         os._exit(main(sys.argv[1:]))  # torch takes 0.3 s or more to end in the usual way
