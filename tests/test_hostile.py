@@ -72,7 +72,8 @@ def test_good_files_are_sampled_from(good, sample):
 @pytest.mark.parametrize("seed", range(8))
 def test_code_in_a_file_does_not_run(good, sample, tmp_path, seed):
     status, out, line = sample(saved(good[0] | {"training": attack(random.Random(seed), tmp_path)}))
-    assert (status, out) == (2, "") and "it is not what torch.save(model.state_dict(), ...) writes" in line
+    assert (status, out) == (2, "")
+    assert "it is not what torch.save(model.state_dict(), ...) writes" in line
     assert not (tmp_path / "attacked").exists()
 
 
