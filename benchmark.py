@@ -259,9 +259,10 @@ def growth_rows(script, args):
         script.train(model, data, val_data, config.block_size, steps, seed=1)
 
     def all_rungs():
-        output = io.StringIO()
+        threads, output = torch.get_num_threads(), io.StringIO()
         with redirect_stdout(output), redirect_stderr(output), TemporaryDirectory() as folder:
             script.grow(Namespace(input=args.input, steps=steps, seed=1, out=Path(folder)))
+        torch.set_num_threads(threads)  # it takes one for each model
 
     passes = 3 * steps * 32 * config.block_size + 4 * len(val_data) + len(data)
     flop = [passes * multiply_adds(build(config)) for _, _, build in script.RUNGS]

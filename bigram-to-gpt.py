@@ -445,7 +445,7 @@ def grow(args):
     splits = [encode(part, vocab) for part in split(text, config.block_size, args.input)]
     args.out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out).close()  # better an error now than after training
-    torch.set_num_threads(1)  # for each model; the first weights depend on it, if only a little
+    torch.set_num_threads(1)  # a core for each model; more would change its weights a little
     print(f"{name}: {len(text):,} characters, {len(vocab)} of them distinct\n")
     counted = counted_bigram(*splits, len(vocab))
     grown = grow_rungs(config, *splits, counted, args.steps, seed)

@@ -1,5 +1,6 @@
 """The command line end to end, as a subprocess: what it prints where, and what bad input gets."""
 
+import io
 import math
 import os
 import random
@@ -10,11 +11,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 
 import nbformat
 import pytest
 import torch
 from conftest import SCRIPT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nbclient import NotebookClient
 
 
@@ -198,6 +202,35 @@ def test_a_mistyped_option_is_named(grown, refusal, options, message):
     folder, _ = grown
     weights = ["--weights", folder / "one-block.pt"] if options[0] == "sample" else []
     assert message in refusal(*options[:1], *weights, *options[1:])
+
+
+known = st.text("far away", max_size=20)
+whole = st.integers(1, 20) | st.integers(-1, 2**70)
+
+
+@settings(max_examples=50)
+@given(
+    prompt=(known | st.text(max_size=9)).filter(lambda text: text not in ("-", "--")),
+    tokens=st.integers(1, 9) | st.integers(-1, 0),
+    temperature=st.floats(0, 9) | st.floats(),
+    top_k=whole,
+    seed=whole,
+)
+def test_sampling_does_what_the_options_say_or_refuses_them(
+    gpt, grown, prompt, tokens, temperature, top_k, seed
+):
+    weights = grown[0] / "one-block.pt"
+    options = f"--prompt={prompt}", f"--tokens={tokens}", f"--temperature={temperature}"
+    options += f"--top-k={top_k}", f"--seed={seed}", f"--weights={weights}"
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        status = gpt.main(["sample", *options])
+    out, err, vocab = out.getvalue(), err.getvalue(), set(gpt.load(weights)[1])
+    assert err.count("\n") == 1
+    fits = set(prompt) <= vocab and tokens > 0 and 0 <= temperature <= 2**32
+    if fits and 1 <= top_k <= 2**32 and 0 <= seed <= 2**32:
+        assert status == 0 and out.startswith(prompt) and len(out) == len(prompt) + tokens
+    else:
+        assert (status, out) == (2, "") and err.startswith("error: ")
 
 
 @pytest.mark.parametrize("action", ["grow", "sample", "evaluate"])
