@@ -169,7 +169,8 @@ def test_mutated_checkpoints_are_refused_or_sampled(good, sample, tmp_path, seed
     sampled = 0
     for seed in seeds:
         status, out, line = sample(mutation(seed, good, tmp_path))
-        refused = (status, out) == (2, "") and line.startswith("error: ")
+        # A number that is not finite may show only when its position comes.
+        refused = status == 2 and line.startswith("error: ") and (not out or "damaged" in line)
         assert refused or (status, len(out)) == (0, 9), (seed, line)
         sampled += status == 0
     assert 0.02 < sampled / len(seeds) < 0.6
