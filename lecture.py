@@ -63,10 +63,10 @@ def convert(checkpoint, vocab):
 
 
 def find_weights(checkpoint):
-    """The state_dict of a GPTLanguageModel in a checkpoint, without masks, and the prefix of names.
+    """The prefix of the names in a checkpoint, and its weights without prefix and masks.
 
-    A checkpoint is the state_dict itself, or a dict that holds it. A model that was compiled has
-    names with the prefix "_orig_mod.".
+    The checkpoint is a GPTLanguageModel's state_dict, or a dict that holds one. A model that was
+    compiled has names with the prefix "_orig_mod.".
     """
     if not isinstance(checkpoint, dict):
         raise ValueError("it holds no dict of weights")
