@@ -566,10 +566,10 @@ def parse(argv):
         "weights": {"type": Path, "default": WEIGHTS, "help": f"a checkpoint ({WEIGHTS.name})"},
         "prompt": {"default": "", "help": "what to continue; - reads it from stdin"},
         "tokens": {"type": int, "default": 500, "help": "how many characters (500)"},
-        "temperature": {"type": float, "default": 1.0, "help": "0: the likeliest (1)"},
+        "temperature": {"type": float, "default": 1.0, "help": "0 takes the likeliest (1)"},
         "top-k": {"type": int, "help": "draw from this many of the likeliest characters"},
         "samples": {"type": int, "default": 1, "help": "how many texts (1)"},
-        "precision": {"choices": ("stored", "float32"), "default": "stored"},
+        "precision": {"choices": ("stored", "float32"), "default": "stored", "help": "of weights"},
     }
     parser = Parser(description="Grow a bigram table into a GPT. Each action has its own --help.")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
