@@ -30,6 +30,11 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
+# How long torch's threads stay awake to wait for each other (on Linux, with GNU OpenMP). By default
+# sampling takes half as long again if another program keeps one of two cores busy; with much less,
+# or with one thread, it would be slower on idle cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 import numpy as np
 import torch
 from torch import nn
@@ -97,52 +102,38 @@ class Config:
     dropout: float = 0.0
 
 
-class Linear(nn.Linear):
-    """A linear layer that can keep its weights in float16 while everything else is float32.
-
-    When we sample one text, x is a single row: reading the weights from memory takes longer than
-    multiplying, and in float16 they are half as large. With many rows, multiplying takes longer.
-    CPUs do it faster in float32, so we convert the weights.
-    """
-
-    def forward(self, x):  # (..., in_features)
-        if self.weight.dtype == x.dtype or x.numel() == self.in_features:
-            return super().forward(x.to(self.weight.dtype)).to(x.dtype)  # (..., out_features)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)  # (..., out_features)
-
-
 class CausalSelfAttention(nn.Module):
     """Each position gathers information from itself and from the positions before it.
 
     This is the lecture's MultiHeadAttention (Vaswani et al., 2017), with one matrix for the
-    queries, keys and values of all heads. While sampling, a cache holds the keys and values of the
-    `start` positions before x.
+    queries, keys and values of all heads. While sampling, a cache keeps keys and values: x starts
+    a text (start is 0), or is the one position after `start` others.
     """
 
     def __init__(self, config):
         super().__init__()
         assert config.n_embd % config.n_head == 0, "n_embd must be a multiple of n_head"
         self.n_head = config.n_head
-        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=False)
-        self.proj = Linear(config.n_embd, config.n_embd)
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, start=0):  # (B, T, C)
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_size) each
-        if cache is not None:  # (2, B, n_head, block_size, head_size)
-            cache[..., start : start + T, :] = torch.stack((k, v))
-            k, v = cache[..., : start + T, :]  # (B, n_head, S, head_size) each
-        S = start + T
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, n_head, T, S)
-        if T > 1:  # a single new position has nothing after it to hide
-            future = torch.ones(T, S, dtype=torch.bool).triu(S - T + 1)  # (T, S)
-            scores = scores.masked_fill(future, -math.inf)
-        weights = scores.softmax(dim=-1)  # (B, n_head, T, S)
-        out = self.dropout(weights) @ v  # (B, n_head, T, head_size)
-        return self.dropout(self.proj(out.transpose(1, 2).reshape(B, T, C)))  # (B, T, C)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_size)
+        if cache is None:
+            q, k, v = qkv  # (B, n_head, T, head_size) each
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, n_head, T, T)
+            future = torch.ones(T, T, dtype=torch.bool).triu(1)  # (T, T)
+            weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # (B, n_head, T, T)
+            out = self.dropout(weights) @ v  # (B, n_head, T, head_size)
+        else:  # the same in one call, which is faster; the cache is in float32
+            cache[..., start : start + T, :] = qkv[1:]  # (2, B, n_head, block_size, head_size)
+            q, (k, v) = qkv[0].float(), cache[..., : start + T, :]  # (B, n_head, S, head_size)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1).to(x.dtype)
+        out = self.proj(out.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+        return self.dropout(out) if self.training else out
 
 
 class FeedForward(nn.Module):
@@ -150,12 +141,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.up = Linear(config.n_embd, 4 * config.n_embd)
-        self.down = Linear(4 * config.n_embd, config.n_embd)
+        self.up = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.down = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):  # (B, T, C)
-        return self.dropout(self.down(F.relu(self.up(x), inplace=True)))  # (B, T, C)
+        out = self.down(F.relu(self.up(x), inplace=True))
+        return self.dropout(out) if self.training else out
 
 
 class Block(nn.Module):
@@ -183,7 +175,7 @@ class Model(nn.Module):
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(part(config) for part in parts)
         self.ln_f = final_norm(config.n_embd)
-        self.lm_head = Linear(config.n_embd, config.vocab_size)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
 
     def forward(self, idx, cache=None, start=0):  # (B, T)
         positions = self.position_embedding.weight[start : start + idx.shape[1]]  # (T, C)
@@ -314,22 +306,30 @@ def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=None, gen
 
     Every attention layer keeps all keys and values. They already contain their position embeddings,
     so they cannot be shifted: when the window is full, we start again with its last half.
+    For one character, reading the weights takes longer than multiplying: float16 halves them. For
+    many (a prompt, several texts) multiplying takes longer, and CPUs do that faster in float32.
+    UserError if the logits are not finite.
     """
     model.eval()
-    c, block_size = model.config, model.config.block_size
-    cache = torch.empty(c.n_layer, 2, len(idx), c.n_head, block_size, c.n_embd // c.n_head)
-    window = unread = idx[:, -block_size:]  # (B, T)
+    for module in model.modules():  # torch finds a plain attribute faster than a part: 5 % here
+        vars(module).update([*module.named_parameters(recurse=False), *module.named_children()])
+    c, float32 = model.config, None
+    shape = 2, len(idx), c.n_head, c.block_size, c.n_embd // c.n_head
+    cache = [torch.empty(shape) for _ in model.blocks]
+    idx = unread = idx[:, -c.block_size :]  # (B, T)
     start = 0
     for _ in range(max_new_tokens):
-        if start == block_size:
-            unread, start = window[:, -max(1, block_size // 2) :], 0  # (B, T / 2)
-        logits = model(unread, cache, start)[:, -1]  # (B, V)
-        if not logits.isfinite().all():
+        if start == c.block_size:
+            unread, start = idx[:, -max(1, c.block_size // 2) :], 0  # (B, T / 2)
+        if unread.numel() > 1 and not float32:
+            float32 = copy.deepcopy(model).float()
+        logits = (float32 if unread.numel() > 1 else model)(unread, cache, start)[:, -1]  # (B, V)
+        if not math.isfinite(logits.float().sum()):
             raise UserError("damaged weights, or too large for float16: try --precision float32")
         start += unread.shape[1]
         unread = choose(logits, temperature, top_k, generator)  # (B, 1)
         yield unread[:, 0]
-        window = torch.cat((window, unread), dim=1)[:, -block_size:]  # (B, T)
+        idx = torch.cat((idx, unread), dim=1)[:, -c.block_size :]  # (B, T)
 
 
 # --------------------------------------------------------------------- files: texts and checkpoints
@@ -410,7 +410,7 @@ def build(checkpoint):
         sizes = f"the model knows {size} characters, its text has {len(vocab)}"
         raise UserError(f"{sizes}: give the text that it was trained on as --input")
     if all(tensor.dtype == torch.float16 for tensor in weights.values()):
-        model.apply(lambda module: module.half() if isinstance(module, Linear) else module)
+        model.half()
     return model.eval(), vocab, dict(checkpoint["training"])
 
 
@@ -421,7 +421,8 @@ def build_lecture(checkpoint, text):
     vocab = vocabulary(text)
     versions = [build(version) for version in lecture.convert(checkpoint, vocab)]
     ids, untrained = encode(text[:5000], vocab), math.log(len(vocab))
-    losses = [exact_loss(model, ids, model.config.block_size) for model, *_ in versions]
+    models = [copy.deepcopy(model).float() for model, *_ in versions]
+    losses = [exact_loss(model, ids, model.config.block_size) for model in models]
     best = 1 if losses[1] < min(0.98 * losses[0], 0.8 * untrained) else 0  # in doubt, the code
     code, loss = ("published code", "video")[best], losses[best]
     doubt = "" if loss < 0.8 * untrained else "; WARNING: another text, or a changed model?"
@@ -514,7 +515,7 @@ def draw(path, grown, counted, name):
 def sample(args):
     """Continue a prompt: print one text while it is drawn, or several, drawn as one batch."""
     model, vocab, _ = load(args.weights, args.input)
-    if args.precision == "float32" or args.samples > 1:  # only single rows are faster in float16
+    if args.precision == "float32":
         model.float()
     prompt = open(0, encoding="utf-8-sig").read() if args.prompt == "-" else args.prompt
     seed = torch.seed() % 2**32 if args.seed is None else args.seed

@@ -41,6 +41,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     try:
         model, vocab, _ = gpt.load(args.weights, args.input)
+        model.float()
         _, val = gpt.split(gpt.read_text(args.input), model.config.block_size)
         ids = gpt.encode(val[: args.characters], vocab)
     except (gpt.UserError, OSError) as error:
