@@ -421,8 +421,7 @@ def build_lecture(checkpoint, text):
     vocab = vocabulary(text)
     versions = [build(version) for version in lecture.convert(checkpoint, vocab)]
     ids, untrained = encode(text[:5000], vocab), math.log(len(vocab))
-    models = [copy.deepcopy(model).float() for model, *_ in versions]
-    losses = [exact_loss(model, ids, model.config.block_size) for model in models]
+    losses = [exact_loss(model, ids, model.config.block_size) for model, *_ in versions]
     best = 1 if losses[1] < min(0.98 * losses[0], 0.8 * untrained) else 0  # in doubt, the code
     code, loss = ("published code", "video")[best], losses[best]
     doubt = "" if loss < 0.8 * untrained else "; WARNING: another text, or a changed model?"

@@ -25,6 +25,12 @@ def module_of(path):
     return module
 
 
+def named_as_in_the_lecture(textbook):
+    """The weights of the benchmark's textbook model. Only the feed-forward layers are renamed."""
+    weights = textbook.state_dict()
+    return {name.replace(".ffwd.", ".ffwd.net."): weights[name] for name in weights}
+
+
 @pytest.fixture(scope="session")
 def gpt():
     """The script as a module."""

@@ -1,84 +1,72 @@
-"""The benchmark: its textbook does the same work as the script, and its table is complete."""
+"""The benchmark: its textbook does the same work as the script, and each row can be measured."""
 
 import re
 
 import pytest
 import torch
-from conftest import SCRIPT, module_of
+from conftest import SCRIPT, module_of, named_as_in_the_lecture
+from torch import nn
 
+import lecture
 
-@pytest.fixture(scope="module")
-def benchmark():
-    return module_of(SCRIPT.with_name("benchmark.py"))
-
-
-@pytest.fixture(scope="module")
-def model(gpt):
-    config = gpt.Config(20, block_size=16, n_layer=2, n_head=2, n_embd=32)
-    return gpt.initialize(gpt.gpt, config, seed=1)
-
-
-@pytest.mark.parametrize("length", [17, 100, 1600, 1601])
-def test_the_textbook_has_the_same_loss(gpt, benchmark, model, length):
-    data = torch.randint(20, (length,))
-    textbook = benchmark.textbook_loss(benchmark.as_textbook(model), data, batch_size=3)
-    assert textbook == pytest.approx(gpt.exact_loss(model, data, 16), abs=1e-5)
-
-
-def test_the_textbook_writes_the_same_greedy_text_within_the_window(
-    gpt, benchmark, model, monkeypatch
-):
-    def likeliest(probabilities, num_samples):
-        return probabilities.argmax(dim=-1, keepdim=True)
-
-    monkeypatch.setattr(torch, "multinomial", likeliest)
-    idx = torch.randint(20, (3, 4))
-    textbook = benchmark.textbook_generate(benchmark.as_textbook(model), idx, 12)
-    ours = torch.stack(list(gpt.generate_cached(model, idx, 12, temperature=0)), dim=1)
-    assert torch.equal(textbook[:, 4:], ours)
-
-
-def test_the_textbook_growth_learns(gpt, benchmark):
-    data, val_data = (torch.arange(n) % 5 for n in (300, 100))
-    losses = benchmark.textbook_growth(gpt.Config(5), data, val_data, steps=200, eval_iters=2)
-    assert max(losses) < 0.2
+benchmark = module_of(SCRIPT.with_name("benchmark.py"))
+LARGE = benchmark.gpt.WEIGHTS.exists() and benchmark.gpt.TEXT.exists()
 
 
 @pytest.fixture
-def paths(gpt, model, tmp_path):
-    """Options that name a small checkpoint and a text for it."""
-    vocab = "".join(map(chr, range(100, 120)))
-    gpt.save(tmp_path / "tiny.pt", model, vocab, {})
-    (tmp_path / "text.txt").write_text(gpt.decode(torch.randint(20, (5000,)), vocab))
-    return ["--weights", str(tmp_path / "tiny.pt"), "--input", str(tmp_path / "text.txt")]
+def models(gpt):
+    """The textbook's model and ours, with the same weights, all of which matter."""
+    torch.manual_seed(0)
+    theirs = benchmark.TextbookGPT(gpt.Config(20, block_size=16, n_layer=2, n_head=4, n_embd=32))
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, 0.1, 0.3)
+    checkpoint, _ = lecture.convert(named_as_in_the_lecture(theirs), "a" * 20)
+    return theirs, gpt.build(checkpoint)[0]
 
 
-def test_the_table_is_complete(benchmark, paths, capsys):
-    assert benchmark.main(["--quick", "--rounds", "2", *paths]) == 0
-    hardware, rounds, _, *table, _, profile = capsys.readouterr().out.splitlines()
-    assert f"torch {torch.__version__}" in hardware and "GB/s" in hardware
-    assert "Rounds: 2;" in rounds
-    figure = r"\d+(\.\d+)?(e-\d+)?"
-    assert re.search(f": {figure} ms; its 84 MFLOP .* {figure} ms .* {figure}% of", profile)
-    assert len(table) == 2 + 6
-    for row in table[2:]:
-        title, textbook, ours, ratio, limit = row.strip("| ").split(" | ")
-        for cell in (textbook, ours):
-            assert re.fullmatch(rf"{figure} s \({figure}-{figure}\)", cell)
-        assert re.fullmatch(rf"{figure} \({figure}-{figure}\)", ratio)
-        assert re.fullmatch(f"{figure} s", limit) or (limit == "none" and "importing" in title)
+def test_the_textbook_has_the_same_loss(gpt, models, monkeypatch):
+    theirs, ours = models
+    data = torch.arange(20).repeat(5)[: 3 * 16 + 1]  # a batch of these windows has all of it
+    monkeypatch.setattr(torch, "randint", lambda *_: torch.tensor([0, 16, 32]))
+    loss = benchmark.textbook_loss(theirs, data, batch_size=3).item()
+    assert loss == pytest.approx(gpt.exact_loss(ours, data, 16), abs=1e-5)
 
 
-def test_figures_of_a_row(benchmark):
-    """The textbook does a tenth of the work in 2, 3 and 4 seconds, we do all in 1, 2 and 4."""
-    row = benchmark.Row("work", textbook=1, ours=2, amount=30, rate=3, factor=10)
-    line = benchmark.line(row, {1: [2.0, 3.0, 4.0], 2: [1.0, 2.0, 4.0]}, {3: 60})
-    assert line == "| work | 30 s (20-40) | 2 s (1-4) | 15 (10-20) | 0.5 s |"
+def test_the_textbook_writes_the_same_greedy_text_within_the_window(gpt, models, monkeypatch):
+    theirs, ours = models
+    monkeypatch.setattr(torch, "multinomial", lambda p, _: p.argmax(dim=-1, keepdim=True))
+    idx = torch.randint(20, (3, 4))
+    texts = torch.stack(list(gpt.generate_cached(ours, idx, 12, temperature=0)), dim=1)
+    assert torch.equal(benchmark.textbook_generate(theirs, idx, 12)[:, 4:], texts)
 
 
-@pytest.mark.parametrize("option", ["--weights", "--input"])
-def test_what_is_missing_is_told_in_one_line(benchmark, paths, capsys, option):
-    assert benchmark.main([*paths, option, "missing"]) == 2
-    output, errors = capsys.readouterr()
-    assert not output and errors.startswith("error: ") and errors.count("\n") == 1
-    assert "missing" in errors
+def test_the_textbook_learns(gpt):
+    splits = [torch.arange(n) % 5 for n in (300, 100)]
+    assert benchmark.textbook_training(gpt.Config(5), splits, steps=200, eval_iters=2).max() < 0.2
+
+
+@pytest.mark.skipif(not LARGE, reason="the weights or the text are not there")
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda: benchmark.training(steps=2, eval_iters=1),
+        lambda: benchmark.sampling(texts=2, characters=3),
+        lambda: benchmark.exact_loss(windows=1),
+        lambda: benchmark.iteration(block_size=8, n_layer=1, n_head=1, n_embd=8, batch_size=2),
+    ],
+    ids=["training", "sampling", "exact_loss", "iteration"],
+)
+def test_a_row_is_measured(row):
+    title, theirs, ours, factor = benchmark.measure(row, rounds=1).strip("| ").split(" | ")
+    seconds = [float(re.fullmatch(r"([\d.e-]+) s", cell)[1]) for cell in (theirs, ours)]
+    assert title and float(factor) == pytest.approx(seconds[0] / seconds[1], rel=0.02)
+
+
+def test_only_one_row_and_a_missing_file(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(benchmark.ROWS, "loss", lambda: ("work", lambda: None, lambda: None))
+    assert not benchmark.main(["--only", "loss"])
+    head, _, _, _, row = capsys.readouterr().out.splitlines()
+    assert f"torch {torch.__version__}" in head and row.startswith("| work | ")
+    monkeypatch.setattr(benchmark.gpt, "WEIGHTS", tmp_path / "missing.pt")
+    assert benchmark.main(["--only", "text"]) == 2
+    assert re.fullmatch("error: .*missing.pt.*\n", capsys.readouterr().err)

@@ -6,49 +6,12 @@ import re
 
 import pytest
 import torch
-from conftest import SCRIPT, module_of
+from conftest import SCRIPT, module_of, named_as_in_the_lecture
 from torch import nn
 from torch.nn import functional as F
 
 benchmark = module_of(SCRIPT.with_name("benchmark.py"))
 TEXT = "far away, over the hills\n" * 40
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        layers = nn.Linear(config.n_embd, 4 * config.n_embd), nn.ReLU()
-        self.net = nn.Sequential(*layers, nn.Linear(4 * config.n_embd, config.n_embd), nn.Dropout())
-
-    def forward(self, x):
-        return self.net(x)
-
-
-class Block(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.sa, self.ffwd = benchmark.MultiHeadAttention(config), FeedForward(config)
-        self.ln1, self.ln2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
-
-    def forward(self, x):
-        x = x + self.sa(self.ln1(x))
-        return x + self.ffwd(self.ln2(x))
-
-
-class GPTLanguageModel(nn.Module):
-    """The parts by the names that the lecture gives them; its heads are those of the benchmark."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.token_embedding_table = nn.Embedding(config.vocab_size, config.n_embd)
-        self.position_embedding_table = nn.Embedding(config.block_size, config.n_embd)
-        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.n_layer)))
-        self.ln_f = nn.LayerNorm(config.n_embd)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
-
-    def forward(self, idx):  # (B, T)
-        positions = self.position_embedding_table(torch.arange(idx.shape[1]))
-        return self.lm_head(self.ln_f(self.blocks(self.token_embedding_table(idx) + positions)))
 
 
 @pytest.fixture
@@ -62,7 +25,7 @@ def text_path(tmp_path):
 def theirs(gpt):
     """A model of the lecture whose every part matters, for the characters of TEXT."""
     torch.manual_seed(0)
-    model = GPTLanguageModel(gpt.Config(len(set(TEXT)), 16, n_layer=2, n_head=4, n_embd=32))
+    model = benchmark.TextbookGPT(gpt.Config(len(set(TEXT)), 16, n_layer=2, n_head=4, n_embd=32))
     for parameter in model.parameters():
         nn.init.normal_(parameter, 0.1, 0.3)
     return model.eval()
@@ -84,7 +47,7 @@ WRAPPED = {
 
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
 def test_the_logits_are_those_of_the_lecture(gpt, theirs, text_path, tmp_path, wrap):
-    torch.save(wrap(theirs.state_dict()), tmp_path / "theirs.pt")
+    torch.save(wrap(named_as_in_the_lecture(theirs)), tmp_path / "theirs.pt")
     ours, vocab, training = gpt.load(tmp_path / "theirs.pt", text_path)
     assert vocab == "".join(sorted(set(TEXT))) and training == {} and not ours.training
     assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
@@ -96,7 +59,7 @@ def test_the_logits_are_those_of_the_lecture(gpt, theirs, text_path, tmp_path, w
 
 def test_sample_and_evaluate(gpt, theirs, text_path, tmp_path, capsys):
     path = tmp_path / "theirs.pt"
-    torch.save(theirs.state_dict(), path)
+    torch.save(named_as_in_the_lecture(theirs), path)
     options = ["--weights", str(path), "--input", str(text_path)]
     assert gpt.main(["sample", *options, "--prompt", "far", "--tokens", "40"]) == 0
     text = capsys.readouterr().out
@@ -186,8 +149,8 @@ def test_a_last_layer_norm_that_was_never_trained_or_is_not_there_is_left_out(sh
 
 def test_the_sizes_of_the_lecture_with_random_weights_load_with_a_warning(gpt, loaded):
     torch.manual_seed(0)
-    theirs = GPTLanguageModel(gpt.Config(65, block_size=256, n_layer=6, n_head=6, n_embd=384))
-    model, err = loaded(theirs.state_dict())
+    theirs = benchmark.TextbookGPT(gpt.Config(65, block_size=256, n_layer=6, n_head=6, n_embd=384))
+    model, err = loaded(named_as_in_the_lecture(theirs))
     assert sum(parameter.numel() for parameter in theirs.parameters()) == 10_788_929
     assert model.config == gpt.Config(65, 256, 6, 6, 384)
     assert "WARNING: another text, or a changed model?" in err and err.count("\n") == 1
@@ -227,7 +190,7 @@ def test_other_architectures_are_refused_by_naming_what_does_not_fit(
 ):
     path = tmp_path / "theirs.pt"
     options = ["sample", "--weights", str(path), "--input", str(text_path)]
-    for message, weights in others(dict(theirs.state_dict())):
+    for message, weights in others(named_as_in_the_lecture(theirs)):
         torch.save(weights, path)
         assert gpt.main(options) == 2
         out, err = capsys.readouterr()
@@ -235,7 +198,7 @@ def test_other_architectures_are_refused_by_naming_what_does_not_fit(
 
 
 def test_a_text_of_other_characters_is_refused(gpt, theirs, tmp_path, capsys):
-    torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
+    torch.save(named_as_in_the_lecture(theirs), tmp_path / "theirs.pt")
     (tmp_path / "other.txt").write_text("0123456789" * 20, encoding="utf-8")
     options = "--weights", str(tmp_path / "theirs.pt"), "--input", str(tmp_path / "other.txt")
     assert gpt.main(["sample", *options]) == 2
