@@ -1,13 +1,12 @@
 """How fast this project is next to the textbook way: `python benchmark.py` prints one table.
 
-The textbook way is that of the lecture's gpt.py, spelled out below: a module for each head, batches
-stacked from slices, losses estimated on random batches, and for each new character the whole window
-once more. But it samples in eval mode, without gradients. All rows take five minutes on two cores.
+The textbook way is that of the lecture's gpt.py, spelled out below, in float32: a module for each
+head, batches stacked from slices, losses of random batches, AdamW. It computes the whole window
+again for each character that it samples (but in eval mode and without gradients), and takes 64
+windows at a time for an exact loss. All rows take five minutes on two cores.
 """
 
-import io
 import json
-import os
 import platform
 import re
 import sys
@@ -23,7 +22,7 @@ from types import ModuleType, SimpleNamespace
 
 NOTEBOOK = Path(__file__).resolve().with_name("model.ipynb")
 gpt = SimpleNamespace(**run_path(str(NOTEBOOK.with_name("bigram-to-gpt.py"))))
-torch, nn, F = gpt.torch, gpt.nn, gpt.F  # the script says how threads wait, then imports torch
+torch, nn, F = gpt.torch, gpt.nn, gpt.F  # it says how threads wait before it imports torch
 
 # ------------------------------------------------------------------------------------- the textbook
 
@@ -31,10 +30,8 @@ torch, nn, F = gpt.torch, gpt.nn, gpt.F  # the script says how threads wait, the
 class Head(nn.Module):
     def __init__(self, config):
         super().__init__()
-        head_size = config.n_embd // config.n_head
-        self.key = nn.Linear(config.n_embd, head_size, bias=False)
-        self.query = nn.Linear(config.n_embd, head_size, bias=False)
-        self.value = nn.Linear(config.n_embd, head_size, bias=False)
+        C, head_size = config.n_embd, config.n_embd // config.n_head
+        self.key, self.query, self.value = (nn.Linear(C, head_size, bias=False) for _ in range(3))
         self.register_buffer("tril", torch.ones(config.block_size, config.block_size).tril())
         self.dropout = nn.Dropout(config.dropout)
 
@@ -86,8 +83,7 @@ class TextbookGPT(nn.Module):
         return self.lm_head(self.ln_f(self.blocks(x)))  # (B, T, V)
 
 
-def textbook_loss(model, data, batch_size):
-    """The loss of a random batch."""
+def random_batch_loss(model, data, batch_size):
     starts = torch.randint(len(data) - model.block_size, (batch_size,))
     x = torch.stack([data[i : i + model.block_size] for i in starts])  # (B, T)
     y = torch.stack([data[i + 1 : i + model.block_size + 1] for i in starts])  # (B, T)
@@ -95,7 +91,7 @@ def textbook_loss(model, data, batch_size):
 
 
 def textbook_step(model, optimizer, data, batch_size):
-    loss = textbook_loss(model, data, batch_size)
+    loss = random_batch_loss(model, data, batch_size)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -108,7 +104,7 @@ def textbook_training(config, splits, steps, eval_iters):
     for step in range(steps):
         if step % 500 == 0 or step == steps - 1:
             with torch.no_grad():
-                losses = [[textbook_loss(model, data, 32) for _ in range(eval_iters)]
+                losses = [[random_batch_loss(model, data, 32) for _ in range(eval_iters)]
                           for data in splits]  # fmt: skip
         textbook_step(model, optimizer, splits[0], 32)
     return torch.tensor(losses).mean(dim=1)  # (2,)
@@ -126,13 +122,13 @@ def textbook_generate(model, idx, max_new_tokens):
 # ------------------------------------------ the rows: a title, then what to time, textbook and ours
 
 
-def training(steps=3000, eval_iters=200):
+def growth(steps=3000, eval_iters=200):
     text = gpt.read_text(gpt.TEXT)
     config = gpt.Config(len(vocab := gpt.vocabulary(text)))
     splits = [gpt.encode(part, vocab) for part in gpt.split(text, config.block_size)]
     theirs = partial(textbook_training, config, splits, steps, eval_iters)
     model = gpt.initialize(gpt.gpt, config, seed=1)
-    title = f"train the last of the five models: {steps:,} iterations and evaluations"
+    title = f"train the one-block GPT: {steps:,} iterations and evaluations"
     return title, theirs, partial(gpt.train, model, *splits, config.block_size, steps, seed=1)
 
 
@@ -140,7 +136,7 @@ def sampling(texts, characters):
     model, _, _ = gpt.load(gpt.WEIGHTS)
     textbook, start = TextbookGPT(model.config), torch.zeros(texts, 1, dtype=torch.long)
     theirs = partial(textbook_generate, textbook, start, characters)
-    title = f"sample {texts} × {characters} characters from the large model"
+    title = f"sample {texts} × {characters} characters" + "; ours: float16" * (texts == 1)
     return title, theirs, lambda: list(gpt.generate_cached(model, start, characters))
 
 
@@ -160,31 +156,34 @@ def exact_loss(windows=150):
 
 def iteration(**settings):
     """The notebook's own cells do ours, up to the end of training, on a short text."""
-    names = sys.modules.setdefault("cells", ModuleType("cells")).__dict__  # for torch.compile
-    with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    sys.modules["cells"] = ModuleType("cells")  # torch.compile looks for the module of a function
+    names, tags = vars(sys.modules["cells"]), []
+    with TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         Path(folder, "text").write_text(gpt.read_text(gpt.TEXT)[:20_000], encoding="utf-8")
-        settings |= {"text_path": f"{folder}/text", "weights_path": f"{folder}/weights",
-                     "checkpoint_dir": folder, "iterations": 1}  # fmt: skip
-        tags, cells = [], iter(json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"])
-        while "training" not in tags:
-            cell = next(cells)
-            tags = cell["metadata"].get("tags", [])
-            exec("".join(cell["source"]) if cell["cell_type"] == "code" else "", names)
-            names.update(settings if "parameters" in tags else {})
+        settings |= {"text_path": f"{folder}/text", "weights_path": f"{folder}/weights"}
+        settings |= {"checkpoint_dir": folder, "iterations": 1}
+        for cell in cells:
+            if cell["cell_type"] == "code" and "training" not in tags:
+                exec("".join(cell["source"]), names)
+                tags = cell["metadata"].get("tags", [])
+                names.update(settings if "parameters" in tags else {})
     model = TextbookGPT(names["config"]).to(names["device"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     theirs = partial(textbook_step, model, optimizer, names["train_ids"], names["batch_size"])
     count = 20 if names["on_cuda"] else 1
 
     def repeat(step):
-        [step() for _ in range(count)][-1].item()  # waits for a GPU
+        for _ in range(count):
+            loss = step()
+        loss.item()  # waits for a GPU
 
     sizes = f"{count} × {names['batch_size']} × {names['block_size']} characters"
-    title = f"train the large model on {sizes}; {names['hardware']}, ours in {names['precision']}"
+    title = f"train the large model: {sizes}, {names['hardware']}; ours: {names['precision']}, Muon"
     return title, partial(repeat, theirs), partial(repeat, names["next_iteration"])
 
 
-ROWS = {"growth": training, "text": partial(sampling, 1, 500), "texts": partial(sampling, 64, 64),
+ROWS = {"growth": growth, "text": partial(sampling, 1, 500), "texts": partial(sampling, 64, 64),
         "loss": exact_loss, "iteration": iteration}  # fmt: skip
 
 
@@ -204,9 +203,9 @@ def main(argv):
     parser.add_argument("--only", choices=ROWS, help="measure one row")
     only = parser.parse_args(argv).only
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = re.search("model name\\s*: (.*)", info)[1] if "model name" in info else platform.machine()
+    [cpu, *_] = re.findall("model name\\s*: (.*)", info) or [platform.machine()]
     versions = f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
-    print(f"Medians of three rounds on: {cpu}, {os.cpu_count()} cores; {versions}\n")
+    print(f"Medians of three rounds. {cpu}, {torch.get_num_threads()} threads; {versions}\n")
     print("| work | textbook | ours | times as fast |\n|---|--:|--:|--:|", flush=True)
     try:
         for name in [only] if only else ROWS:

@@ -30,9 +30,9 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
-# How long torch's threads stay awake to wait for each other (on Linux, with GNU OpenMP). By default
-# sampling takes half as long again if another program keeps one of two cores busy; with much less,
-# or with one thread, it would be slower on idle cores.
+# How long an idle thread of torch keeps looking for work before it sleeps (Linux, GNU OpenMP). By
+# default it is so long that sampling takes 50 % longer if another program keeps one of two cores
+# busy. A much smaller number, or a single thread, is slower when both cores are free.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import numpy as np
@@ -106,8 +106,8 @@ class CausalSelfAttention(nn.Module):
     """Each position gathers information from itself and from the positions before it.
 
     This is the lecture's MultiHeadAttention (Vaswani et al., 2017), with one matrix for the
-    queries, keys and values of all heads. While sampling, a cache keeps keys and values: x starts
-    a text (start is 0), or is the one position after `start` others.
+    queries, keys and values of all heads. While sampling, a cache keeps keys and values. Then x is
+    the beginning of a text (start is 0), or a single position with `start` positions before it.
     """
 
     def __init__(self, config):
@@ -128,12 +128,12 @@ class CausalSelfAttention(nn.Module):
             future = torch.ones(T, T, dtype=torch.bool).triu(1)  # (T, T)
             weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # (B, n_head, T, T)
             out = self.dropout(weights) @ v  # (B, n_head, T, head_size)
-        else:  # the same in one call, which is faster; the cache is in float32
+        else:  # scores, mask, softmax and sum in one call, which is faster
             cache[..., start : start + T, :] = qkv[1:]  # (2, B, n_head, block_size, head_size)
-            q, (k, v) = qkv[0].float(), cache[..., : start + T, :]  # (B, n_head, S, head_size)
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1).to(x.dtype)
+            q, (k, v) = qkv[0].float(), cache[..., : start + T, :]  # (B, n_head, T or S, head_size)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0).to(x.dtype)
         out = self.proj(out.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
-        return self.dropout(out) if self.training else out
+        return self.dropout(out) if self.training else out  # sampling is faster without the call
 
 
 class FeedForward(nn.Module):
@@ -224,7 +224,7 @@ def exact_loss(model, data, block_size, title=None):
     rows, total = max(1, 2048 // block_size), 0.0  # batches that fit into a core's cache
     pairs = list(zip(x.split(rows), y.split(rows)))  # (B, T) each
     for inputs, targets in tqdm(pairs, title, leave=False, disable=None if title else True):
-        logits = model(inputs).flatten(0, 1)  # (B * T, V)
+        logits = model(inputs).flatten(0, 1).float()  # (B * T, V)
         total += F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
     model.train(was_training)
     return total / size
@@ -306,25 +306,27 @@ def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=None, gen
 
     Every attention layer keeps all keys and values. They already contain their position embeddings,
     so they cannot be shifted: when the window is full, we start again with its last half.
-    For one character, reading the weights takes longer than multiplying: float16 halves them. For
-    many (a prompt, several texts) multiplying takes longer, and CPUs do that faster in float32.
-    UserError if the logits are not finite.
+    For one character, reading the weights from memory takes longer than multiplying, and in float16
+    they are half as large. For many (a prompt, several texts) multiplying takes longer, and CPUs do
+    that faster in float32. UserError if the logits are not finite.
     """
-    model.eval()
-    for module in model.modules():  # torch finds a plain attribute faster than a part: 5 % here
+    # nn.Module looks up its layers and weights slowly. As plain attributes (of a copy, which shares
+    # the weights) they make sampling 5 % faster.
+    model = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()}).eval()
+    for module in model.modules():
         vars(module).update([*module.named_parameters(recurse=False), *module.named_children()])
-    c, float32 = model.config, None
+    c, in_float32 = model.config, None
     shape = 2, len(idx), c.n_head, c.block_size, c.n_embd // c.n_head
     cache = [torch.empty(shape) for _ in model.blocks]
-    idx = unread = idx[:, -c.block_size :]  # (B, T)
-    start = 0
+    unread, start = idx[:, -c.block_size :], 0  # (B, T)
     for _ in range(max_new_tokens):
         if start == c.block_size:
             unread, start = idx[:, -max(1, c.block_size // 2) :], 0  # (B, T / 2)
-        if unread.numel() > 1 and not float32:
-            float32 = copy.deepcopy(model).float()
-        logits = (float32 if unread.numel() > 1 else model)(unread, cache, start)[:, -1]  # (B, V)
-        if not math.isfinite(logits.float().sum()):
+        if unread.numel() > 1 and not in_float32:
+            in_float32 = copy.deepcopy(model).float()
+        network = in_float32 if unread.numel() > 1 else model
+        logits = network(unread, cache, start)[:, -1]  # (B, V)
+        if not math.isfinite(logits.float().sum()):  # inf and nan survive a sum
             raise UserError("damaged weights, or too large for float16: try --precision float32")
         start += unread.shape[1]
         unread = choose(logits, temperature, top_k, generator)  # (B, 1)
@@ -514,8 +516,7 @@ def draw(path, grown, counted, name):
 def sample(args):
     """Continue a prompt: print one text while it is drawn, or several, drawn as one batch."""
     model, vocab, _ = load(args.weights, args.input)
-    if args.precision == "float32":
-        model.float()
+    model = model.float() if args.precision == "float32" else model
     prompt = open(0, encoding="utf-8-sig").read() if args.prompt == "-" else args.prompt
     seed = torch.seed() % 2**32 if args.seed is None else args.seed
     idx = encode(prompt or vocab[0], vocab).repeat(args.samples, 1)  # (B, T)
