@@ -122,11 +122,13 @@ def test_cached_sampling_equals_uncached_within_and_beyond_the_window(
 ):
     idx = torch.randint(20, (3, length), generator=torch.Generator().manual_seed(1))
     options = {"temperature": temperature, "top_k": 5}
-    tiny.train()
+    before = {name: set(vars(module)) for name, module in tiny.train().named_modules()}
     generator = torch.Generator().manual_seed(2)
     cached = list(gpt.generate_cached(tiny, idx, 50, **options, generator=generator))
     cached = torch.stack(cached, dim=1)
     assert not cached.requires_grad
+    assert tiny.training
+    assert before == {name: set(vars(module)) for name, module in tiny.named_modules()}
     generator = torch.Generator().manual_seed(2)
     assert torch.equal(cached, uncached(gpt, tiny, idx, 50, **options, generator=generator))
 
