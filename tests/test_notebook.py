@@ -449,7 +449,7 @@ def test_the_pictures_are_those_of_the_committed_notebook(committed):
 
 
 def test_the_shipped_weights_have_the_same_logits_in_the_notebook(gpt, definitions):
-    ours = gpt.load(gpt.WEIGHTS)[0]
+    ours = gpt.load(gpt.WEIGHTS)[0].float()
     theirs = definitions.GPT(ours.config).eval()
     theirs.load_state_dict(ours.state_dict())
     idx = torch.randint(65, (2, 256))
