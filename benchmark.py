@@ -155,7 +155,8 @@ def exact_loss(windows=150):
 
 
 def iteration(**settings):
-    """The notebook's own cells do ours, up to the end of training, on a short text."""
+    """The notebook's own cells do ours, up to the end of training, on a short text. On a CPU, they
+    leave out the dropout of attention weights, which the textbook has."""
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     sys.modules["cells"] = ModuleType("cells")  # torch.compile looks for the module of a function
     names, tags = vars(sys.modules["cells"]), []
