@@ -136,7 +136,8 @@ def sampling(texts, characters):
     model, _, _ = gpt.load(gpt.WEIGHTS)
     textbook, start = TextbookGPT(model.config), torch.zeros(texts, 1, dtype=torch.long)
     theirs = partial(textbook_generate, textbook, start, characters)
-    title = f"sample {texts} × {characters} characters" + "; ours: float16" * (texts == 1)
+    kind = "; ours: float16" if texts == 1 else ""
+    title = f"sample {texts} × {characters} characters from the large model{kind}"
     return title, theirs, lambda: list(gpt.generate_cached(model, start, characters))
 
 
@@ -157,14 +158,13 @@ def exact_loss(windows=150):
 def iteration(**settings):
     """The notebook's own cells do ours, up to the end of training, on a short text. On a CPU, they
     leave out the dropout of attention weights, which the textbook has."""
-    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     sys.modules["cells"] = ModuleType("cells")  # torch.compile looks for the module of a function
     names, tags = vars(sys.modules["cells"]), []
     with TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         Path(folder, "text").write_text(gpt.read_text(gpt.TEXT)[:20_000], encoding="utf-8")
         settings |= {"text_path": f"{folder}/text", "weights_path": f"{folder}/weights"}
         settings |= {"checkpoint_dir": folder, "iterations": 1}
-        for cell in cells:
+        for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] == "code" and "training" not in tags:
                 exec("".join(cell["source"]), names)
                 tags = cell["metadata"].get("tags", [])
