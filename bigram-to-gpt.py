@@ -22,11 +22,10 @@ import math
 import os
 import signal
 import sys
-import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from http.client import HTTPException
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -347,17 +346,21 @@ def write(path, content):
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
-    finally:
+    except OSError as error:
+        if error.filename2:  # from os.replace: Windows refuses it if another program has path open
+            raise UserError(f"cannot replace {path}: saved as {temporary} ({error})") from None
         temporary.unlink(missing_ok=True)
+        raise
 
 
 def download_text():
     """Save Tiny Shakespeare, all of it or nothing. ConnectionError if it does not arrive."""
     remedy = f"try again, or save it yourself as {TEXT}"
     try:
-        with urlopen(URL, timeout=30) as reply:  # seconds of silence
-            content = reply.read()
-    except (OSError, HTTPException) as error:
+        content = urlopen(URL, timeout=30).read()  # seconds of silence
+    except Exception as error:  # no network, no HTTP, no certificates, ...
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            remedy = f"on macOS, run 'Install Certificates.command' of Python, or {remedy}"
         raise ConnectionError(f"cannot download {URL} ({error}): {remedy}") from None
     if hashlib.sha256(content).hexdigest() != SHA256:
         raise UserError(f"{URL} sent something other than Tiny Shakespeare: {remedy}")
@@ -409,8 +412,7 @@ def build(checkpoint):
     model.load_state_dict(weights)
     vocab, size = checkpoint["vocab"], model.config.vocab_size
     if len(vocab) != size:
-        sizes = f"the model knows {size} characters, its text has {len(vocab)}"
-        raise UserError(f"{sizes}: give the text that it was trained on as --input")
+        raise UserError(f"the model has {size} characters, not {len(vocab)}: give its own --input")
     if all(tensor.dtype == torch.float16 for tensor in weights.values()):
         model.half()
     return model.eval(), vocab, dict(checkpoint["training"])
@@ -445,13 +447,12 @@ def grow(args):
     vocab, name = vocabulary(text), args.input.name
     config, seed = Config(len(vocab)), 1337 if args.seed is None else args.seed
     splits = [encode(part, vocab) for part in split(text, config.block_size, args.input)]
-    args.out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=args.out).close()  # better an error now than after training
+    (probe := args.out / f".{os.getpid()}").mkdir(parents=True)  # better an error now than later
+    probe.rmdir()
     torch.set_num_threads(1)  # a core for each model; more would change its weights a little
     print(f"{name}: {len(text):,} characters, {len(vocab)} of them distinct\n")
     counted = counted_bigram(*splits, len(vocab))
     grown = grow_rungs(config, *splits, counted, args.steps, seed)
-
     _, model, _, training = grown[-1]
     training |= {"device": "cpu", "torch": str(torch.__version__), "text": name}
     save(args.out / "one-block.pt", model, vocab, training)
@@ -594,17 +595,13 @@ def parse(argv):
 
 def main(argv):
     """Run an action and return the exit status: 2 if the user has something to correct."""
-    if hasattr(sys.stdout, "reconfigure"):  # not in Jupyter and IDLE
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         args = parse(argv)
         args.run(args)
-        sys.stdout.flush()
         return 0
     except (UserError, OSError, UnicodeError) as error:
         closed = (errno.EPIPE, errno.EINVAL) if os.name == "nt" else (errno.EPIPE,)
         if getattr(error, "errno", 0) in closed and not error.filename:  # stdout, as by `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         print("error:", *str(error).split(), file=sys.stderr)
         return 2
@@ -616,5 +613,8 @@ if __name__ == "__main__":
         main(sys.argv[1:])  # do not exit: this is IPython, Jupyter (%run) or IDLE
         torch.set_num_threads(threads)
     else:
+        as_on_linux = {} if sys.stdout.isatty() else {"encoding": "utf-8", "newline": "\n"}
+        sys.stdout.reconfigure(errors="replace", line_buffering=True, **as_on_linux)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
+        tqdm.set_lock(threading.RLock())  # its own lock would outlive os._exit, with a warning
         os._exit(main(sys.argv[1:]))  # torch takes 0.3 s or more to end in the usual way

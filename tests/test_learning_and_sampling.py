@@ -3,6 +3,8 @@
 import bisect
 import hashlib
 import math
+import pickle
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -232,7 +234,7 @@ def test_float16_costs_less_than_0_002(gpt, all_cores):
 def test_a_save_that_fails_loses_nothing(gpt, tiny, tmp_path):
     path = tmp_path / "tiny.pt"
     path.write_bytes(b"earlier")
-    with pytest.raises(AttributeError):
+    with pytest.raises((AttributeError, pickle.PicklingError)):
         gpt.save(path, tiny, "", {"step": lambda: "no pickle holds this"})
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"earlier"]
 
@@ -266,6 +268,15 @@ def test_the_whole_text_is_fetched_or_nothing(gpt, fetch, tmp_path, capsys):
     assert fetch("/moved") == "the text"
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the text"]
     assert fetch("/none") == "the text" and capsys.readouterr().err == ""  # it is there now
+
+
+def test_a_python_without_root_certificates_is_told_how_to_get_them(gpt, fetch, monkeypatch):
+    def fail(url, timeout):
+        raise URLError("[SSL: CERTIFICATE_VERIFY_FAILED] unable to get local issuer certificate")
+
+    monkeypatch.setattr(gpt, "urlopen", fail)
+    with pytest.raises(ConnectionError, match="run 'Install Certificates.command' of Python"):
+        fetch("/moved")
 
 
 def test_another_text_in_its_place_is_used_and_noticed(gpt, fetch, tmp_path, capsys):

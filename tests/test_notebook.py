@@ -70,7 +70,8 @@ def definitions():
 def tiny(tmp_path):
     """Small settings, and a text of our own."""
     words = ["I went", "to", "the", "gym", "today", "and", "far", "away,\n"]
-    (tmp_path / "text.txt").write_text(" ".join(random.Random(1).choices(words, k=1000)))
+    text = " ".join(random.Random(1).choices(words, k=1000))
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     sizes = dict(block_size=16, n_layer=2, n_head=2, n_embd=32, batch_size=8, dropout=0.1)
     steps = dict(iterations=200, eval_interval=50, replaced=0.05, precision="bfloat16")
     paths = dict(text_path="text.txt", checkpoint_dir="kept", weights_path="weights.pt")
@@ -287,7 +288,8 @@ def test_a_finished_run_can_be_made_longer_but_not_another(train, tiny, tmp_path
         line = f"checkpoint.pt: .*{name} was {was}, is {value}.*another checkpoint_dir"
         with pytest.raises(AssertionError, match=line):
             train(**{name: value})
-    (tmp_path / "text.txt").write_text((tmp_path / "text.txt").read_text()[1:])
+    shorter = (tmp_path / "text.txt").read_bytes()[1:]
+    (tmp_path / "text.txt").write_bytes(shorter)
     with pytest.raises(AssertionError, match="digest was"):
         train(iterations=250)
 
