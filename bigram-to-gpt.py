@@ -410,9 +410,9 @@ def build(checkpoint):
     if "ln_f.weight" not in weights:  # some who typed the lecture's code never used it
         model.ln_f = nn.Identity()
     model.load_state_dict(weights)
-    vocab, size = checkpoint["vocab"], model.config.vocab_size
-    if len(vocab) != size:
-        raise UserError(f"the model has {size} characters, not {len(vocab)}: give its own --input")
+    vocab, V = checkpoint["vocab"], model.config.vocab_size
+    if len(vocab) != V:
+        raise UserError(f"the model has {V} characters, not {len(vocab)}: give its text as --input")
     if all(tensor.dtype == torch.float16 for tensor in weights.values()):
         model.half()
     return model.eval(), vocab, dict(checkpoint["training"])

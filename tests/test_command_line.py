@@ -391,7 +391,7 @@ def test_a_damaged_model_says_what_does_not_fit(grown, refusal, tmp_path):
         ("must be a multiple of n_head", {"config": config | {"n_head": 2}}),
         ('Missing key(s) in state_dict: "blocks.1', {"config": config | {"n_layer": 2}}),
         ('Missing key(s) in state_dict: "lm_head.bias"', {"model": without}),
-        ("characters, not 3: give its own --input", {"vocab": "abc"}),
+        ("characters, not 3: give its text", {"vocab": "abc"}),
         ("try --precision float32", {"model": overflowing}),
     ):
         torch.save(checkpoint | parts, tmp_path / "other.pt")

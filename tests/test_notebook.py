@@ -92,7 +92,7 @@ def train(tiny, monkeypatch):
         with redirect_stdout(printed):
             for cell in code_cells(read_notebook()):
                 if tagged(cell, "training") and stop_at is not None:
-                    names["get_batch"] = stopping(names["get_batch"], stop_at)
+                    names["set_rates"] = stopping(names["set_rates"], stop_at)
                 exec(compile(cell.source, NOTEBOOK.name, "exec"), names)
                 if tagged(cell, "parameters"):
                     assert (tiny | others).keys() <= names.keys()
@@ -109,18 +109,17 @@ def train(tiny, monkeypatch):
     return run
 
 
-def stopping(get_batch, iteration):
+def stopping(set_rates, iteration):
     count = 0
 
-    def get_batch_or_stop(ids):
+    def set_rates_and_stop(pace):
         nonlocal count
-        if count == iteration:
-            count += 1
+        set_rates(pace)
+        count += pace > 0  # it is 0 only before a CUDA graph is captured
+        if count == iteration + 1:
             raise KeyboardInterrupt
-        count += 1
-        return get_batch(ids)
 
-    return get_batch_or_stop
+    return set_rates_and_stop
 
 
 # ---------------------------------------------------------------------------------- the same model
