@@ -115,8 +115,8 @@ def stopping(set_rates, iteration):
     def set_rates_and_stop(pace):
         nonlocal count
         set_rates(pace)
-        count += pace > 0  # it is 0 only before a CUDA graph is captured
-        if count == iteration + 1:
+        count += pace > 0  # it is 0 only while a CUDA graph is captured
+        if pace > 0 and count == iteration + 1:
             raise KeyboardInterrupt
 
     return set_rates_and_stop
