@@ -29,8 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
-# How soon an idle thread of torch sleeps (Linux). By default sampling takes 40 % longer if another
-# program keeps one of two cores busy. Much sooner, or one thread, is slower if both are free.
+# Idle threads sleep sooner (Linux), so that other programs disturb less; at once would be slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
@@ -348,7 +347,7 @@ def write(path, content):
         os.replace(temporary, path)
     except OSError as error:
         if error.filename2:  # from os.replace: Windows refuses it if another program has path open
-            raise UserError(f"cannot replace {path}: saved as {temporary} ({error})") from None
+            raise UserError(f"cannot replace {path} ({error.strerror}): the new one is {temporary}")
         temporary.unlink(missing_ok=True)
         raise
 
@@ -360,7 +359,7 @@ def download_text():
         content = urlopen(URL, timeout=30).read()  # seconds of silence
     except Exception as error:  # no network, no HTTP, no certificates, ...
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            remedy = f"on macOS, run 'Install Certificates.command' of Python, or {remedy}"
+            remedy = f"on a Mac run 'Install Certificates.command' in Applications/Python, or {remedy}"
         raise ConnectionError(f"cannot download {URL} ({error}): {remedy}") from None
     if hashlib.sha256(content).hexdigest() != SHA256:
         raise UserError(f"{URL} sent something other than Tiny Shakespeare: {remedy}")
@@ -412,7 +411,7 @@ def build(checkpoint):
     model.load_state_dict(weights)
     vocab, V = checkpoint["vocab"], model.config.vocab_size
     if len(vocab) != V:
-        raise UserError(f"the model has {V} characters, not {len(vocab)}: give its text as --input")
+        raise UserError(f"the model knows {V} characters, the text has {len(vocab)}: see --input")
     if all(tensor.dtype == torch.float16 for tensor in weights.values()):
         model.half()
     return model.eval(), vocab, dict(checkpoint["training"])
@@ -447,8 +446,9 @@ def grow(args):
     vocab, name = vocabulary(text), args.input.name
     config, seed = Config(len(vocab)), 1337 if args.seed is None else args.seed
     splits = [encode(part, vocab) for part in split(text, config.block_size, args.input)]
-    (probe := args.out / f".{os.getpid()}").mkdir(parents=True)  # better an error now than later
-    probe.rmdir()
+    args.out.mkdir(parents=True, exist_ok=True)
+    (probe := args.out / f".{os.getpid()}").touch()  # better an error now than after training
+    probe.unlink()
     torch.set_num_threads(1)  # a core for each model; more would change its weights a little
     print(f"{name}: {len(text):,} characters, {len(vocab)} of them distinct\n")
     counted = counted_bigram(*splits, len(vocab))
@@ -608,13 +608,13 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    if hasattr(sys, "ps1") or sys.stdout is not sys.__stdout__:
+    if hasattr(sys, "ps1") or not hasattr(sys.stdout, "reconfigure"):
         threads = torch.get_num_threads()
         main(sys.argv[1:])  # do not exit: this is IPython, Jupyter (%run) or IDLE
         torch.set_num_threads(threads)
     else:
-        as_on_linux = {} if sys.stdout.isatty() else {"encoding": "utf-8", "newline": "\n"}
-        sys.stdout.reconfigure(errors="replace", line_buffering=True, **as_on_linux)
+        everywhere = {} if sys.stdout.isatty() else {"encoding": "utf-8", "newline": "\n"}
+        sys.stdout.reconfigure(errors="replace", line_buffering=True, **everywhere)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
         tqdm.set_lock(threading.RLock())  # its own lock would outlive os._exit, with a warning
         os._exit(main(sys.argv[1:]))  # torch takes 0.3 s or more to end in the usual way

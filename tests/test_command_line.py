@@ -292,7 +292,7 @@ def test_a_model_that_cannot_replace_another_file_is_kept_under_its_own_name(gro
     options = "--input", grown[0] / "text.txt", "--steps", 1, "--out", tmp_path
     result = run(*options)
     line = refused(result.returncode, "", result.stderr.decode())
-    kept = re.search(r"cannot replace .*one-block.pt: saved as (\S*) ", line)[1]
+    kept = re.search("cannot replace .*one-block.pt .*: the new one is (.*)", line)[1]
     assert run("sample", "--weights", kept, "--tokens", 1).returncode == 0
 
 
@@ -344,21 +344,21 @@ def test_an_output_folder_that_cannot_be_used_is_found_before_training(grown, re
     assert "text.txt" in refusal("--input", text, "--out", text / "below")
     assert "text.txt" in refusal("--input", text, "--out", text)
 
-    def read_only(folder, **_):
-        raise PermissionError(13, "Permission denied", str(folder))
+    def read_only(path):
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "mkdir", read_only)
+    monkeypatch.setattr(Path, "touch", read_only)
     assert "Permission denied" in refusal("--input", text, "--out", folder)
 
 
 def test_run_in_a_notebook_neither_ends_nor_changes_the_kernel(grown):
     folder, _ = grown
-    sample = f"sample --weights {folder / 'one-block.pt'} --tokens 20 --prompt far"
+    sample = f'sample --weights "{folder}/one-block.pt" --tokens 20 --prompt far'
     cells = [
         "import signal, torch\nbefore = signal.getsignal(signal.SIGINT), torch.get_num_threads()",
-        f"%run {SCRIPT} {sample}",
-        f"%run {SCRIPT} {sample} --top-k 0",
-        f"%run {SCRIPT} grow --steps 1 --input {folder / 'text.txt'} --out {folder}",
+        f'%run "{SCRIPT}" {sample}',
+        f'%run "{SCRIPT}" {sample} --top-k 0',
+        f'%run "{SCRIPT}" grow --steps 1 --input "{folder}/text.txt" --out "{folder}"',
         "print((signal.getsignal(signal.SIGINT), torch.get_num_threads()) == before)",
     ]
     notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, cells)))
@@ -391,7 +391,7 @@ def test_a_damaged_model_says_what_does_not_fit(grown, refusal, tmp_path):
         ("must be a multiple of n_head", {"config": config | {"n_head": 2}}),
         ('Missing key(s) in state_dict: "blocks.1', {"config": config | {"n_layer": 2}}),
         ('Missing key(s) in state_dict: "lm_head.bias"', {"model": without}),
-        ("characters, not 3: give its text", {"vocab": "abc"}),
+        ("the text has 3: see --input", {"vocab": "abc"}),
         ("try --precision float32", {"model": overflowing}),
     ):
         torch.save(checkpoint | parts, tmp_path / "other.pt")

@@ -203,4 +203,4 @@ def test_a_text_of_other_characters_is_refused(gpt, theirs, tmp_path, capsys):
     options = "--weights", str(tmp_path / "theirs.pt"), "--input", str(tmp_path / "other.txt")
     assert gpt.main(["sample", *options]) == 2
     err = capsys.readouterr().err
-    assert f"has {len(set(TEXT))} characters, not 10: give its text as --input" in err
+    assert f"knows {len(set(TEXT))} characters, the text has 10: see --input" in err
