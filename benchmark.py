@@ -190,8 +190,7 @@ ROWS = {"growth": growth, "text": partial(sampling, 1, 500), "texts": partial(sa
 
 def measure(row, rounds=3):
     title, *works = row()
-    times = [], []
-    for work, seconds in rounds * list(zip(works, times)):
+    for work, seconds in rounds * list(zip(works, times := ([], []))):
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)
@@ -217,4 +216,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")  # on Windows, too, into a file
     sys.exit(main(sys.argv[1:]))

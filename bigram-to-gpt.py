@@ -359,7 +359,7 @@ def download_text():
         content = urlopen(URL, timeout=30).read()  # seconds of silence
     except Exception as error:  # no network, no HTTP, no certificates, ...
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            remedy = f"on a Mac run 'Install Certificates.command' in Applications/Python, or {remedy}"
+            remedy = f"run Applications/Python's 'Install Certificates.command' (Mac), or {remedy}"
         raise ConnectionError(f"cannot download {URL} ({error}): {remedy}") from None
     if hashlib.sha256(content).hexdigest() != SHA256:
         raise UserError(f"{URL} sent something other than Tiny Shakespeare: {remedy}")
