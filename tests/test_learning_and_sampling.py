@@ -275,7 +275,7 @@ def test_a_python_without_root_certificates_is_told_how_to_get_them(gpt, fetch, 
         raise URLError("[SSL: CERTIFICATE_VERIFY_FAILED] unable to get local issuer certificate")
 
     monkeypatch.setattr(gpt, "urlopen", fail)
-    with pytest.raises(ConnectionError, match="run 'Install Certificates.command'"):
+    with pytest.raises(ConnectionError, match="'Install Certificates.command'"):
         fetch("/moved")
 
 
