@@ -292,7 +292,7 @@ def test_a_model_that_cannot_replace_another_file_is_kept_under_its_own_name(gro
     options = "--input", grown[0] / "text.txt", "--steps", 1, "--out", tmp_path
     result = run(*options)
     line = refused(result.returncode, "", result.stderr.decode())
-    kept = re.search("cannot replace .*one-block.pt .*: the new one is (.*)", line)[1]
+    kept = re.search("cannot replace .*one-block.pt .*: the new one is (.*)", line.rstrip())[1]
     assert run("sample", "--weights", kept, "--tokens", 1).returncode == 0
 
 
