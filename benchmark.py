@@ -216,5 +216,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8")  # on Windows, too, into a file
+    sys.stdout.reconfigure(encoding="utf-8")  # into a file on Windows, too
     sys.exit(main(sys.argv[1:]))

@@ -103,15 +103,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("action", ["grow", "evaluate"])
-def test_nothing_is_left_to_warn_of_at_the_end(grown, tmp_path, action):
+def test_nothing_is_left_to_warn_of_at_the_end(grown, tmp_path):
     folder, _ = grown
-    weights = "--weights", folder / "one-block.pt"
-    options = {"grow": ("--steps", 1, "--out", tmp_path), "evaluate": weights}[action]
-    command = "-c", AS_ON_MACOS, SCRIPT, action, "--input", folder / "text.txt", *options
-    result = run(*command, script="-B")
-    lines = result.stderr.decode().splitlines()
-    assert result.returncode == 0 and all(line.startswith("wrote ") for line in lines)
+    grow = "grow", "--steps", 1, "--out", tmp_path
+    evaluate = "evaluate", "--weights", folder / "one-block.pt"
+    for action in (grow, evaluate):
+        options = *action, "--input", folder / "text.txt"
+        result = run("-c", AS_ON_MACOS, SCRIPT, *options, script="-B")
+        lines = result.stderr.decode().splitlines()
+        assert result.returncode == 0 and all(line.startswith("wrote ") for line in lines)
 
 
 def test_sampling(grown):
