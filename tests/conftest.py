@@ -1,18 +1,15 @@
+"""What several files of tests need."""
+
 import importlib.util
 import os
+import random
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's threads share busy cores better
-
 import pytest
-import torch
 from hypothesis import settings
 
 SCRIPT = Path(__file__).resolve().parent.parent / "bigram-to-gpt.py"
-torch.set_num_threads(1)  # the models are too small for more
 settings.register_profile("the same each time", derandomize=True, database=None, deadline=None)
 settings.load_profile("the same each time")
 
@@ -25,16 +22,17 @@ def module_of(path):
     return module
 
 
-def named_as_in_the_lecture(textbook):
-    """The weights of the benchmark's textbook model. Only the feed-forward layers are renamed."""
-    weights = textbook.state_dict()
-    return {name.replace(".ffwd.", ".ffwd.net."): weights[name] for name in weights}
+gpt = module_of(SCRIPT)
+torch = gpt.torch  # the script says how threads wait before it imports torch
+torch.set_num_threads(1)  # most models here are too small for more
+benchmark = module_of(SCRIPT.with_name("benchmark.py"))
+needs_text = pytest.mark.skipif(not gpt.TEXT.exists(), reason="needs Tiny Shakespeare")
 
 
-@pytest.fixture(scope="session")
-def gpt():
-    """The script as a module."""
-    return module_of(SCRIPT)
+def some_text(words):
+    """A text of our own, the same each time, in which much can be predicted."""
+    kinds = ["I went", "to", "the", "gym", "today", "and", "far", "away,\n", "Zoë paid 5 € 😀"]
+    return " ".join(random.Random(1).choices(kinds, k=words))
 
 
 @pytest.fixture
@@ -43,29 +41,3 @@ def all_cores():
     torch.set_num_threads(os.cpu_count())
     yield
     torch.set_num_threads(1)
-
-
-@pytest.fixture
-def server():
-    """A server on this machine that gives b"the text" at /moved, and misbehaves at other pages."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            if self.path == "/bad":
-                return self.wfile.write(b"this is no HTTP\n")
-            moved = {"/moved": "/text", "/loop": "/loop"}.get(self.path)
-            self.send_response(302 if moved else 404 if self.path == "/none" else 200)
-            if moved:
-                self.send_header("Location", moved)
-            content = {"/text": b"the text", "/cut": b"the", "/other": b"no text!"}
-            self.send_header("Content-Length", "8" if self.path in content else "0")
-            self.end_headers()
-            self.wfile.write(content.get(self.path, b""))
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()

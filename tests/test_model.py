@@ -1,55 +1,37 @@
-"""The model against oracles: parameter counts, causality, PyTorch's own encoder layer."""
+"""The models, their training and their sampling, against independent calculations of the same."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from conftest import gpt, needs_text, some_text
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
 
-@pytest.mark.parametrize(
-    "sizes, count",
-    [({}, 60_515), ({"block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384}, 10_788_929)],
-)
-def test_parameter_counts(gpt, sizes, count):
-    model = gpt.gpt(gpt.Config(65, **sizes))
-    assert sum(parameter.numel() for parameter in model.parameters()) == count
-
-
-def test_a_later_character_changes_no_earlier_logit(gpt):
-    torch.manual_seed(0)
-    for _, _, build in gpt.RUNGS:
-        model = build(gpt.Config(65))
-        idx = torch.randint(65, (4, 8))
-        changed = idx.clone()
-        changed[:, 5] = (changed[:, 5] + 1) % 65
-        before, after = model(idx), model(changed)
-        assert torch.equal(before[:, :5], after[:, :5])
-        assert not torch.equal(before[:, 5], after[:, 5])
-
-
-def copy_block(block, layer):
-    """Give a TransformerEncoderLayer of PyTorch the weights of a block."""
-    pairs = [
-        (layer.self_attn.in_proj_weight, block.attention.qkv.weight),
+def encoder_layer(block, n_head):
+    """PyTorch's own layer with the weights of a block of ours."""
+    C = len(block.ln1.weight)
+    layer = nn.TransformerEncoderLayer(C, n_head, 4 * C, 0.0, batch_first=True, norm_first=True)
+    for theirs, ours in (
         (layer.self_attn.out_proj, block.attention.proj),
         (layer.linear1, block.feed_forward.up),
         (layer.linear2, block.feed_forward.down),
         (layer.norm1, block.ln1),
         (layer.norm2, block.ln2),
-    ]
+    ):
+        theirs.load_state_dict(ours.state_dict())
+    layer.self_attn.in_proj_weight.copy_(block.attention.qkv.weight)
     layer.self_attn.in_proj_bias.zero_()
-    for theirs, ours in pairs:
-        if isinstance(theirs, nn.Parameter):
-            theirs.copy_(ours)
-        else:
-            theirs.load_state_dict(ours.state_dict())
+    return layer.double()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("n_head", [1, 6])
-def test_the_model_equals_encoder_layers_of_pytorch(gpt, n_head):
+def test_a_gpt_computes_what_the_encoder_layers_of_pytorch_compute(n_head):
     torch.manual_seed(0)
     model = gpt.gpt(gpt.Config(65, n_embd=48, n_head=n_head, n_layer=2)).double()
     for parameter in model.parameters():  # otherwise all LayerNorms were alike
@@ -58,48 +40,169 @@ def test_the_model_equals_encoder_layers_of_pytorch(gpt, n_head):
     idx = torch.randint(65, (3, 8))
     x = model.token_embedding(idx) + model.position_embedding(torch.arange(8))
     for block in model.blocks:
-        layer = nn.TransformerEncoderLayer(
-            48, n_head, 192, dropout=0.0, activation="relu", batch_first=True, norm_first=True
-        ).double()
-        copy_block(block, layer)
-        expected = layer(x, src_mask=mask, is_causal=True)
-        torch.testing.assert_close(block(x), expected)
-        x = expected
-    final = F.layer_norm(x, (48,), model.ln_f.weight, model.ln_f.bias)
-    torch.testing.assert_close(model(idx), final @ model.lm_head.weight.T + model.lm_head.bias)
+        x = encoder_layer(block, n_head)(x, src_mask=mask, is_causal=True)
+    x = F.layer_norm(x, (48,), model.ln_f.weight, model.ln_f.bias)
+    torch.testing.assert_close(model(idx), x @ model.lm_head.weight.T + model.lm_head.bias)
 
 
-def test_dropout_is_where_it_should_be_and_off_in_eval_mode(gpt, monkeypatch):
-    """On the attention weights and on the output of both branches."""
-    block = gpt.Block(gpt.Config(65, n_embd=48, n_head=6, dropout=0.5))
-    shapes = []
-    dropout = F.dropout
+@torch.no_grad()
+def test_bigram_and_position_see_one_character_the_other_rungs_the_earlier_ones_too():
+    idx = torch.arange(8)[None]
+    changed = torch.where(idx == 4, 60, idx)
+    for number, (_, _, make) in enumerate(gpt.RUNGS, start=1):
+        model = gpt.initialize(make, gpt.Config(65), seed=0)
+        differs = (model(idx) != model(changed)).any(dim=-1)  # (1, T)
+        assert torch.equal(differs, idx == 4 if number <= 2 else idx >= 4)
+
+
+def test_the_first_weights_depend_on_the_seed_alone_and_give_nearly_even_odds():
+    idx, targets = torch.randint(65, (2, 64, 8), generator=torch.Generator().manual_seed(0))
+    for _, _, make in gpt.RUNGS:
+        models = [gpt.initialize(make, gpt.Config(65), seed) for seed in (1, 1, 2)]
+        first, again, other = [model(idx).flatten(0, 1) for model in models]
+        assert torch.equal(first, again) and not torch.equal(first, other)
+        assert F.cross_entropy(first, targets.flatten()).item() == pytest.approx(math.log(65), 0.07)
+
+
+def test_dropout_is_on_the_attention_weights_and_on_both_branches_and_off_in_eval(monkeypatch):
+    block, calls = gpt.Block(gpt.Config(65, n_embd=48, n_head=6, dropout=0.5)), []
 
     def spy(x, p, training, inplace):
-        shapes.append((tuple(x.shape), p, training))
-        return dropout(x, p, training, inplace)
+        calls.append((tuple(x.shape), p, training))
+        return x
 
     monkeypatch.setattr(F, "dropout", spy)
-    x = torch.randn(3, 8, 48)
-    assert not torch.equal(block(x), block(x))
-    assert shapes[:3] == [((3, 6, 8, 8), 0.5, True), *2 * [((3, 8, 48), 0.5, True)]]
-    block.eval()
-    assert torch.equal(block(x), block(x))
+    block(torch.randn(3, 8, 48))
+    assert calls == [((3, 6, 8, 8), 0.5, True), *2 * [((3, 8, 48), 0.5, True)]]
+    block.eval()(torch.randn(3, 8, 48))
+    assert all(training is False for *_, training in calls[3:])
 
 
-def test_the_names_in_a_checkpoint(gpt):
-    part = ["ln1.weight", "ln1.bias", "attention.qkv.weight", "attention.proj.weight"]
-    part += ["attention.proj.bias", "ln2.weight", "ln2.bias", "feed_forward.up.weight"]
-    part += ["feed_forward.up.bias", "feed_forward.down.weight", "feed_forward.down.bias"]
-    names = ["token_embedding.weight", "position_embedding.weight"]
-    names += [f"blocks.{n}.{name}" for n in range(2) for name in part]
-    names += ["ln_f.weight", "ln_f.bias", "lm_head.weight", "lm_head.bias"]
-    assert list(gpt.gpt(gpt.Config(65, n_layer=2)).state_dict()) == names
+# --------------------------------------------------------------------------------------- training
 
 
-def test_loss_at_initialization_is_near_even_odds(gpt):
-    for _, _, make in gpt.RUNGS:
-        model = gpt.initialize(make, gpt.Config(65), seed=0)
-        idx, targets = torch.randint(65, (2, 64, 8))
-        loss = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
-        assert abs(loss.item() - math.log(65)) < 0.3
+def test_a_trained_bigram_reaches_the_losses_of_a_counted_one():
+    text = some_text(20_000)
+    splits = gpt.split(gpt.encode(text, vocab := gpt.vocabulary(text)), 8)
+    counts = np.ones((len(vocab), len(vocab)))
+    for first, second in zip(splits[0][:-1], splits[0][1:]):
+        counts[first, second] += 1
+    nll = -np.log(counts / counts.sum(axis=1, keepdims=True))
+    expected = [np.mean([nll[a, b] for a, b in zip(ids[:-1], ids[1:])]) for ids in splits]
+    assert gpt.counted_bigram(*splits, len(vocab)) == pytest.approx(expected)
+    bigram = gpt.initialize(gpt.RUNGS[0][2], gpt.Config(len(vocab)), seed=0)
+    _, training = gpt.train(bigram, *splits, 8, steps=1000, seed=1, max_lr=0.02)
+    assert [training["train_loss"], training["val_loss"]] == pytest.approx(expected, abs=0.02)
+
+
+@given(length=st.integers(2, 80) | st.integers(2050, 2100), block_size=st.integers(1, 20))
+@settings(max_examples=15)
+def test_the_exact_loss_is_the_mean_over_every_character_but_the_first(length, block_size):
+    config = gpt.Config(20, block_size, n_embd=12, n_head=2, dropout=0.5)
+    model = gpt.initialize(gpt.gpt, config, seed=0)
+    data, losses = torch.randint(20, (length,), generator=torch.Generator().manual_seed(0)), []
+    loss = gpt.exact_loss(model, data, block_size)
+    assert model.training  # as before
+    model.eval()
+    for start in range(0, length - 1, block_size):
+        targets = data[start + 1 : start + 1 + block_size]
+        logits = model(data[None, start : start + len(targets)])[0]
+        losses += F.cross_entropy(logits, targets, reduction="none").tolist()
+    assert loss == pytest.approx(np.mean(losses), abs=1e-6) and len(losses) == length - 1
+
+
+def test_an_epoch_has_every_window_once_and_its_targets_are_the_next_characters():
+    data, starts = torch.arange(803), []
+    batches = gpt.batches(data, block_size=8, batch_size=32, seed=0)
+    for x, y in (next(batches) for _ in range(4)):
+        assert torch.equal(y, x + 1) and x.shape[1] == 8
+        starts += x[:, 0].tolist()
+    assert starts != sorted(starts) and sorted(starts) == list(range(0, 800, 8))
+
+
+def test_training_ends_with_the_weights_of_the_lowest_validation_loss():
+    data, val = torch.randint(30, (2, 200), generator=torch.Generator().manual_seed(0))
+    model = gpt.initialize(gpt.gpt, gpt.Config(30), seed=0)
+    curve, training = gpt.train(model, data, val, 8, steps=300, seed=0)
+    losses = [loss for _, loss in curve]
+    assert [step for step, _ in curve] == [10, 30, 100, 300]
+    assert losses[-1] > min(losses) + 0.5  # it overfits
+    assert gpt.exact_loss(model, val, 8) == training["val_loss"] == min(losses)
+    assert (training["step"], training["val_loss"]) in curve
+
+
+# --------------------------------------------------------------------------------------- sampling
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_plain_sampling_draws_from_the_probabilities_of_the_model():
+    table = torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, -1.0], [0.0, 0.0, 3.0]])
+    bigram = torch.nn.Embedding.from_pretrained(table)
+    idx = torch.arange(3).repeat(4000)[:, None]
+    first, second = gpt.generate(bigram, idx, 8, 2, seeded(0))
+    for before, after in ((idx[:, 0], first), (first, second)):
+        for row in range(3):
+            shares = torch.bincount(after[before == row], minlength=3) / (before == row).sum()
+            torch.testing.assert_close(shares, table[row].softmax(dim=0), atol=0.03, rtol=0)
+
+
+@given(
+    sizes=st.builds(dict, block_size=st.integers(1, 9), n_layer=st.integers(1, 2)),
+    n_head=st.integers(1, 3),
+    texts=st.integers(1, 3),
+    length=st.integers(1, 12),
+)
+@settings(max_examples=40)
+@torch.no_grad()
+def test_cached_sampling_draws_what_sampling_without_a_cache_draws(sizes, n_head, texts, length):
+    config = gpt.Config(11, n_head=n_head, n_embd=8 * n_head, dropout=0.5, **sizes)
+    model, block_size = gpt.initialize(gpt.gpt, config, seed=0), config.block_size
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.5)
+    idx = torch.randint(11, (texts, length), generator=seeded(1))
+    cached = list(gpt.generate_cached(model, idx, 25, 0.9, 5, seeded(2)))
+    assert len(cached) == 25 and model.training  # as before
+    start = idx[:, :1]  # within the window, plain sampling draws the same
+    plain = list(gpt.generate(model, start, block_size, block_size, seeded(3)))
+    same = list(gpt.generate_cached(model.train(), start, block_size, generator=seeded(3)))
+    assert torch.equal(torch.stack(plain), torch.stack(same))
+    model.eval()
+    window, generator = idx[:, -block_size:], seeded(2)
+    for ids in cached:
+        if window.shape[1] > block_size:  # it starts again with its last half
+            window = window[:, -max(1, block_size // 2) :]
+        drawn = gpt.choose(model(window)[:, -1], 0.9, 5, generator)
+        assert torch.equal(ids, drawn[:, 0])
+        window = torch.cat((window, drawn), dim=1)
+
+
+def test_top_k_and_temperature_draw_what_they_should():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).repeat(4000, 1)
+    drawn = gpt.choose(logits, 0.5, 2, seeded(0))
+    assert set(drawn.flatten().tolist()) == {2, 3}
+    assert (drawn == 3).double().mean().item() == pytest.approx(1 / (1 + math.exp(-2)), abs=0.02)
+    for temperature in (0, 1e-320):
+        assert set(gpt.choose(logits, temperature).flatten().tolist()) == {3}
+    assert set(gpt.choose(logits, 1e9, 3, seeded(0)).flatten().tolist()) == {1, 2, 3}
+    assert set(gpt.choose(logits, 1e9, 99, seeded(0)).flatten().tolist()) == {0, 1, 2, 3}
+
+
+@needs_text
+@pytest.mark.parametrize("windows", [1, pytest.param(40, marks=pytest.mark.long)])
+def test_float16_costs_less_than_0_002_nats_per_character(monkeypatch, all_cores, windows):
+    """On a part of the validation split. A prompt is read in float32, then each single character."""
+    model, vocab, _ = gpt.load(gpt.WEIGHTS)
+    ids = gpt.encode(gpt.split(gpt.read_text(gpt.TEXT), 256)[1][: windows * 256 + 1], vocab)
+    logits = []
+    for window in ids.unfold(0, 257, 256):  # make the model draw it, from its first two ids on
+        rest = iter(window[2:, None, None])
+        monkeypatch.setattr(gpt, "choose", lambda each, *_: [logits.append(each), next(rest)][1])
+        list(gpt.generate_cached(model, window[None, :2], 255))
+    assert [each.dtype for each in logits[:255]] == [torch.float32] + 254 * [torch.float16]
+    targets = ids[1:].view(-1, 256)[:, 1:].flatten()
+    loss = F.cross_entropy(torch.cat(logits).float(), targets).item()
+    exact = model.float()(ids[:-1].view(-1, 256))[:, 1:].flatten(0, 1)
+    assert loss == pytest.approx(F.cross_entropy(exact, targets).item(), abs=0.002)
