@@ -1,32 +1,20 @@
 """What several files of tests need."""
 
-import importlib.util
 import os
 import random
-import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 SCRIPT = Path(__file__).resolve().parent.parent / "bigram-to-gpt.py"
-settings.register_profile("the same each time", derandomize=True, database=None, deadline=None)
-settings.load_profile("the same each time")
-
-
-def module_of(path):
-    """A file as a module; importing it runs nothing."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-gpt = module_of(SCRIPT)
+gpt = import_module(SCRIPT.stem)  # importing it runs nothing
 torch = gpt.torch  # the script says how threads wait before it imports torch
 torch.set_num_threads(1)  # most models here are too small for more
-benchmark = module_of(SCRIPT.with_name("benchmark.py"))
 needs_text = pytest.mark.skipif(not gpt.TEXT.exists(), reason="needs Tiny Shakespeare")
+settings.register_profile("the same each time", derandomize=True, database=None, deadline=None)
+settings.load_profile("the same each time")
 
 
 def some_text(words):
