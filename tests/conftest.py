@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+os.environ["MPLBACKEND"] = "Agg"  # no test waits until somebody closes a window
 SCRIPT = Path(__file__).resolve().parent.parent / "bigram-to-gpt.py"
 gpt = import_module(SCRIPT.stem)  # importing it runs nothing
-torch = gpt.torch  # the script says how threads wait before it imports torch
+torch = gpt.torch  # the script sets GOMP_SPINCOUNT before it imports torch
+cores = torch.get_num_threads()
 torch.set_num_threads(1)  # most models here are too small for more
 needs_text = pytest.mark.skipif(not gpt.TEXT.exists(), reason="needs Tiny Shakespeare")
 settings.register_profile("the same each time", derandomize=True, database=None, deadline=None)
@@ -23,9 +25,5 @@ def some_text(words):
     return " ".join(random.Random(1).choices(kinds, k=words))
 
 
-@pytest.fixture
-def all_cores():
-    """As many threads as torch would take, for the large model."""
-    torch.set_num_threads(os.cpu_count())
-    yield
-    torch.set_num_threads(1)
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)

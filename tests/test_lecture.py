@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import gpt, some_text
+from conftest import gpt, seeded, some_text
 from torch import nn
 
 import benchmark
@@ -28,6 +28,7 @@ def load(tmp_path):
         torch.save(checkpoint, tmp_path / "theirs.pt")
         model, vocab, training = gpt.load(tmp_path / "theirs.pt", tmp_path / "text.txt")
         assert vocab == gpt.vocabulary(TEXT) and training == {} and not model.training
+        assert model.lm_head.weight.dtype == torch.float32
         return model
 
     return load
@@ -41,12 +42,12 @@ def trained():
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(120):
         benchmark.textbook_step(model, optimizer, ids, 32)
-    return model.eval()
+    return model.half().float().eval()  # numbers that float16 can hold
 
 
 @torch.no_grad()
 def assert_same_logits(ours, theirs):
-    idx = torch.randint(len(set(TEXT)), (3, 16), generator=torch.Generator().manual_seed(0))
+    idx = torch.randint(len(set(TEXT)), (3, 16), generator=seeded(0))
     torch.testing.assert_close(ours(idx), theirs(idx), atol=1e-4, rtol=1e-4)
 
 
@@ -54,7 +55,7 @@ WRAPPED = {
     "in a dict": lambda weights: {"step": 7, "model_state_dict": weights},
     "compiled": lambda weights: {f"_orig_mod.{name}": value for name, value in weights.items()},
     "wrapped": lambda weights: {f"net.module.{name}": value for name, value in weights.items()},
-    "float64": lambda weights: {name: value.double() for name, value in weights.items()},
+    "float16": lambda weights: {name: value.half() for name, value in weights.items()},
 }
 
 
@@ -67,12 +68,21 @@ def test_the_code_of_the_lecture_and_its_video_are_told_apart_by_their_scale(loa
     """The video divides scores by sqrt(n_embd): its queries are sqrt(n_head) as large."""
     weights = lecture_weights(trained)
     video = {name: (4 if "query" in name else 1) * value for name, value in weights.items()}
-    for typed, version in ((weights, "published code"), (video, "video")):
-        assert_same_logits(load(typed), trained)
+    for weights, version in ((weights, "published code"), (video, "video")):
+        assert_same_logits(load(weights), trained)
         err = capsys.readouterr().err
         assert f"fit the lecture's {version}: loss 0." in err and "WARNING" not in err
     load(lecture_weights(benchmark.TextbookGPT(gpt.Config(**SIZES))))  # never trained
     assert "WARNING: another text, or a changed model?\n" in capsys.readouterr().err
+
+
+def test_evaluate_prints_the_losses_of_the_lecture_s_weights(load, trained, tmp_path, capsys):
+    load(lecture_weights(trained))
+    options = "--weights", tmp_path / "theirs.pt", "--input", tmp_path / "text.txt"
+    assert gpt.main(["evaluate", *map(str, options)]) == 0
+    rows = [line.split()[1:3] for line in capsys.readouterr().out.splitlines()[1:]]
+    splits = gpt.split(gpt.encode(TEXT, gpt.vocabulary(TEXT)), 16)
+    assert rows == [[f"{gpt.exact_loss(trained, ids, 16):.4f}", "nothing"] for ids in splits]
 
 
 def test_the_last_layer_norm_may_be_one_of_the_blocks_or_untrained_or_missing(load, trained):
@@ -83,33 +93,29 @@ def test_the_last_layer_norm_may_be_one_of_the_blocks_or_untrained_or_missing(lo
     without.ln_f = nn.Identity()
     missing = {name: value for name, value in weights.items() if "ln_f" not in name}
     untrained = missing | {"ln_f.weight": torch.ones(32), "ln_f.bias": torch.zeros(32)}
-    for typed in (missing, untrained):
-        assert_same_logits(load(typed), without)
+    for weights in (missing, untrained):
+        assert_same_logits(load(weights), without)
 
 
 MISFITS = {
-    "it holds transformer.wte.weight": lambda w: {"transformer.wte.weight": w["lm_head.bias"]},
-    "no dict of weights": lambda w: [w],
-    "an earlier stage of the lecture": lambda w: {n: w[n] for n in w if "blocks" not in n},
-    "unexpected lm_tail.bias, lm_tail.weight; missing lm_head.weight, lm_head.bias": lambda w: (
-        {name.replace("lm_head", "lm_tail"): w[name] for name in reversed(w)}
-    ),
-    "unexpected m.blocks.0.ffw.net.0.weight, .* and 5 more": lambda w: (
-        {"m." + name.replace("ffwd", "ffw"): w[name] for name in w}
-    ),
-    "missing blocks.0.sa.heads.1.key.weight, blocks.1.sa.heads.1.key.weight": lambda w: (
-        {name: w[name] for name in w if "heads.1.key" not in name}
-    ),
-    "size mismatch for lm_head.bias": lambda w: w | {"lm_head.bias": torch.ones(9)},
-    "the model knows 23 characters, the text has 24: see --input": lambda w: (
-        {name: w[name][: 23 if len(w[name]) == 24 else None] for name in w}
-    ),
-}
+    "it holds transformer.wte.weight":
+        lambda w: {"transformer.wte.weight": w["lm_head.bias"]},
+    "an earlier stage of the lecture":
+        lambda w: {n: w[n] for n in w if "blocks" not in n},
+    "unexpected lm_tail.bias, lm_tail.weight; missing lm_head.weight, lm_head.bias":
+        lambda w: {n.replace("lm_head", "lm_tail"): w[n] for n in reversed(w)},
+    "unexpected m.blocks.0.ffw.net.0.weight, .* and 5 more":
+        lambda w: {"m." + n.replace("ffwd", "ffw"): w[n] for n in w},
+    "missing blocks.0.sa.heads.1.key.weight, blocks.1.sa.heads.1.key.weight":
+        lambda w: {n: w[n] for n in w if "heads.1.key" not in n},
+    "size mismatch for lm_head.bias":
+        lambda w: w | {"lm_head.bias": torch.ones(9)},
+    "the model knows 23 characters, the text has 24: see --input":
+        lambda w: {n: w[n][: 23 if len(w[n]) == 24 else None] for n in w},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("message, change", MISFITS.items())
-def test_another_architecture_is_refused_by_naming_what_does_not_fit(
-    load, trained, message, change
-):
+def test_another_model_is_refused_by_naming_what_does_not_fit(load, trained, message, change):
     with pytest.raises(gpt.UserError, match=message):
         load(change(lecture_weights(trained)))

@@ -3,10 +3,9 @@
 import math
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
-from conftest import gpt, needs_text, some_text
+from conftest import gpt, needs_text, seeded, some_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 def test_a_gpt_computes_what_the_encoder_layers_of_pytorch_compute(n_head):
     torch.manual_seed(0)
     model = gpt.gpt(gpt.Config(65, n_embd=48, n_head=n_head, n_layer=2)).double()
-    for parameter in model.parameters():  # otherwise all LayerNorms were alike
+    for parameter in model.parameters():  # otherwise all LayerNorms would be alike
         nn.init.normal_(parameter, 0.5, 0.5)
     mask = nn.Transformer.generate_square_subsequent_mask(8).double()
     idx = torch.randint(65, (3, 8))
@@ -36,7 +35,7 @@ def test_a_gpt_computes_what_the_encoder_layers_of_pytorch_compute(n_head):
 
 
 @torch.no_grad()
-def test_bigram_and_position_see_one_character_the_other_rungs_the_earlier_ones_too():
+def test_only_rungs_with_attention_see_earlier_characters_and_none_sees_later_ones():
     idx = torch.arange(8)[None]
     changed = torch.where(idx == 4, 60, idx)
     for number, (_, _, make) in enumerate(gpt.RUNGS, start=1):
@@ -46,12 +45,13 @@ def test_bigram_and_position_see_one_character_the_other_rungs_the_earlier_ones_
 
 
 def test_the_first_weights_depend_on_the_seed_alone_and_give_nearly_even_odds():
-    idx, targets = torch.randint(65, (2, 64, 8), generator=torch.Generator().manual_seed(0))
+    idx, targets = torch.randint(65, (2, 64, 8), generator=seeded(0))
     for _, _, make in gpt.RUNGS:
         models = [gpt.initialize(make, gpt.Config(65), seed) for seed in (1, 1, 2)]
         first, again, other = [model(idx).flatten(0, 1) for model in models]
         assert torch.equal(first, again) and not torch.equal(first, other)
-        assert F.cross_entropy(first, targets.flatten()).item() == pytest.approx(math.log(65), 0.07)
+        loss = F.cross_entropy(first, targets.flatten()).item()
+        assert loss == pytest.approx(math.log(65), abs=0.3)
 
 
 def test_dropout_is_on_the_attention_weights_and_on_both_branches_and_off_in_eval(monkeypatch):
@@ -61,17 +61,16 @@ def test_dropout_is_on_the_attention_weights_and_on_both_branches_and_off_in_eva
     calls = [(tuple(call.args[0].shape), *call.args[1:3]) for call in spy.call_args_list]
     assert calls == [((3, 6, 8, 8), 0.5, True), *2 * [((3, 8, 48), 0.5, True)]]
     block.eval()(torch.randn(3, 8, 48))
-    assert not any(training for _, _, training, _ in (call.args for call in spy.call_args_list[3:]))
+    assert not any(call.args[2] for call in spy.call_args_list[3:])
 
 
 def test_a_trained_bigram_reaches_the_losses_of_a_counted_one():
     text = some_text(20_000)
     splits = gpt.split(gpt.encode(text, vocab := gpt.vocabulary(text)), 8)
-    counts = np.ones((len(vocab), len(vocab)))
+    counts = torch.ones(len(vocab), len(vocab)).double()
     for first, second in zip(splits[0][:-1], splits[0][1:]):
         counts[first, second] += 1
-    nll = -np.log(counts / counts.sum(axis=1, keepdims=True))
-    expected = [np.mean([nll[a, b] for a, b in zip(ids[:-1], ids[1:])]) for ids in splits]
+    expected = [F.cross_entropy(counts.log()[ids[:-1]], ids[1:]).item() for ids in splits]
     assert gpt.counted_bigram(*splits, len(vocab)) == pytest.approx(expected)
     bigram = gpt.initialize(gpt.RUNGS[0][2], gpt.Config(len(vocab)), seed=0)
     _, training = gpt.train(bigram, *splits, 8, steps=1000, seed=1, max_lr=0.02)
@@ -83,7 +82,7 @@ def test_a_trained_bigram_reaches_the_losses_of_a_counted_one():
 def test_the_exact_loss_is_the_mean_over_every_character_but_the_first(length, block_size):
     config = gpt.Config(20, block_size, n_embd=12, n_head=2, dropout=0.5)
     model = gpt.initialize(gpt.gpt, config, seed=0)
-    data, losses = torch.randint(20, (length,), generator=torch.Generator().manual_seed(0)), []
+    data, losses = torch.randint(20, (length,), generator=seeded(0)), []
     loss = gpt.exact_loss(model, data, block_size)
     assert model.training  # as before
     model.eval()
@@ -91,7 +90,7 @@ def test_the_exact_loss_is_the_mean_over_every_character_but_the_first(length, b
         targets = data[start + 1 : start + 1 + block_size]
         logits = model(data[None, start : start + len(targets)])[0]
         losses += F.cross_entropy(logits, targets, reduction="none").tolist()
-    assert loss == pytest.approx(np.mean(losses), abs=1e-6) and len(losses) == length - 1
+    assert loss == pytest.approx(sum(losses) / (length - 1), abs=1e-6)
 
 
 def test_an_epoch_has_every_window_once_and_its_targets_are_the_next_characters():
@@ -103,29 +102,25 @@ def test_an_epoch_has_every_window_once_and_its_targets_are_the_next_characters(
     assert starts != sorted(starts) and sorted(starts) == list(range(0, 800, 8))
 
 
-def test_training_ends_with_the_weights_of_the_lowest_validation_loss():
-    data, val = torch.randint(30, (2, 200), generator=torch.Generator().manual_seed(0))
+def test_training_keeps_its_best_weights_and_ends_at_a_rate_of_zero(monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", adamw := Mock(side_effect=torch.optim.AdamW))
+    data, val = torch.randint(30, (2, 200), generator=seeded(0))
     model = gpt.initialize(gpt.gpt, gpt.Config(30), seed=0)
     curve, training = gpt.train(model, data, val, 8, steps=300, seed=0)
     losses = [loss for _, loss in curve]
     assert [step for step, _ in curve] == [10, 30, 100, 300]
-    assert losses[-1] > min(losses) + 0.5  # it overfits
-    assert gpt.exact_loss(model, val, 8) == training["val_loss"] == min(losses)
+    assert training["val_loss"] == min(losses) < losses[-1] - 0.5  # it overfits
+    assert gpt.exact_loss(model, data, 8) == training["train_loss"]
+    assert gpt.exact_loss(model, val, 8) == training["val_loss"]
     assert (training["step"], training["val_loss"]) in curve
+    [groups] = adamw.call_args.args
+    assert [group["lr"] for group in groups] == [0, 0]
 
 
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-@given(
-    st.integers(1, 9), st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 12)
-)
+@given(st.integers(1, 9), st.integers(1, 2), *2 * [st.integers(1, 3)], st.integers(1, 12))
 @settings(max_examples=40)
 @torch.no_grad()
-def test_cached_sampling_draws_what_sampling_without_a_cache_draws(
-    block_size, n_layer, n_head, texts, length
-):
+def test_cached_sampling_draws_what_uncached_draws(block_size, n_layer, n_head, texts, length):
     config = gpt.Config(11, block_size, n_layer, n_head, n_embd=8 * n_head, dropout=0.5)
     model = gpt.initialize(gpt.gpt, config, seed=0)
     for parameter in model.parameters():
@@ -154,13 +149,12 @@ def test_top_k_and_temperature_draw_what_they_should():
     assert (drawn == 3).double().mean().item() == pytest.approx(1 / (1 + math.exp(-2)), abs=0.02)
     for temperature in (0, 1e-320):
         assert set(gpt.choose(logits, temperature).flatten().tolist()) == {3}
-    assert set(gpt.choose(logits, 1e9, 3, seeded(0)).flatten().tolist()) == {1, 2, 3}
     assert set(gpt.choose(logits, 1e9, 99, seeded(0)).flatten().tolist()) == {0, 1, 2, 3}
 
 
 @needs_text
 @pytest.mark.parametrize("windows", [1, pytest.param(40, marks=pytest.mark.long)])
-def test_float16_costs_less_than_0_002_nats_per_character(monkeypatch, all_cores, windows):
+def test_float16_costs_less_than_0_002_nats_per_character(monkeypatch, windows):
     """On a part of the validation split. A prompt is read in float32, then one id at a time."""
     model, vocab, _ = gpt.load(gpt.WEIGHTS)
     ids = gpt.encode(gpt.split(gpt.read_text(gpt.TEXT), 256)[1][: windows * 256 + 1], vocab)
