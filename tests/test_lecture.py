@@ -108,8 +108,6 @@ MISFITS = {
         lambda w: {"m." + n.replace("ffwd", "ffw"): w[n] for n in w},
     "missing blocks.0.sa.heads.1.key.weight, blocks.1.sa.heads.1.key.weight":
         lambda w: {n: w[n] for n in w if "heads.1.key" not in n},
-    "size mismatch for lm_head.bias":
-        lambda w: w | {"lm_head.bias": torch.ones(9)},
     "the model knows 23 characters, the text has 24: see --input":
         lambda w: {n: w[n][: 23 if len(w[n]) == 24 else None] for n in w},
 }  # fmt: skip

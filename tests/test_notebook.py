@@ -72,6 +72,7 @@ def test_notebook_and_script_have_the_same_logits_losses_and_samples(train, monk
     theirs = run.GPT(ours.config)
     theirs.load_state_dict(ours.state_dict())
     V, T = sizes[:2]
+    assert (run.URL, run.SHA256) == (gpt.URL, gpt.SHA256)
     run.block_size, run.vocab = T, "".join(map(chr, range(97, 97 + V)))
     ids = torch.randint(V, (701,))
     expected = gpt.exact_loss(ours, ids, T)
