@@ -119,6 +119,7 @@ def test_a_terminal_shows_what_it_can_until_ctrl_c(grown):
     pipes = dict(stdout=terminal, stderr=subprocess.PIPE)
     pipes["env"] = os.environ | {"PYTHONIOENCODING": "ascii"}
     with subprocess.Popen([*COMMAND, *options, "--prompt", "Zoë"], **pipes) as process:
+        os.close(terminal)  # then reading ends when the process does
         assert os.read(reader, 3) == b"Zo?" and os.read(reader, 1)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == -signal.SIGINT and process.stderr.read() == b""
