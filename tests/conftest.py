@@ -1,4 +1,4 @@
-"""What several files of tests need."""
+"""What several test files need."""
 
 import os
 import random
@@ -14,15 +14,16 @@ gpt = import_module(SCRIPT.stem)  # importing it runs nothing
 torch = gpt.torch  # the script sets GOMP_SPINCOUNT before it imports torch
 cores = torch.get_num_threads()
 torch.set_num_threads(1)  # most models here are too small for more
+import_module("matplotlib.font_manager")  # the first import may warn that it builds a cache
 needs_text = pytest.mark.skipif(not gpt.TEXT.exists(), reason="needs Tiny Shakespeare")
 settings.register_profile("the same each time", derandomize=True, database=None, deadline=None)
 settings.load_profile("the same each time")
 
 
-def some_text(words):
+def some_text(count):
     """A text of our own, the same each time, in which much can be predicted."""
-    kinds = ["I went", "to", "the", "gym", "today", "and", "far", "away,\n", "Zoë paid 5 € 😀"]
-    return " ".join(random.Random(1).choices(kinds, k=words))
+    pieces = ["I went", "to", "the", "gym", "today", "and", "far", "away,\n", "Zoë paid 5 € 😀"]
+    return " ".join(random.Random(1).choices(pieces, k=count))
 
 
 def seeded(seed):

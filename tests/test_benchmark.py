@@ -9,6 +9,7 @@ import benchmark
 
 TINY = {
     "growth": partial(benchmark.growth, steps=2, eval_iters=1),
+    "text": partial(benchmark.sampling, texts=1, characters=3),
     "texts": partial(benchmark.sampling, texts=2, characters=3),
     "loss": partial(benchmark.exact_loss, windows=1),
     "iteration": partial(benchmark.iteration, block_size=8, n_layer=1, n_head=1, n_embd=8),

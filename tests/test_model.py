@@ -1,4 +1,4 @@
-"""The models, their training and their sampling, against independent calculations of the same."""
+"""The models, their training and their sampling, against independent calculations."""
 
 import math
 from unittest.mock import Mock
@@ -55,12 +55,12 @@ def test_the_first_weights_depend_on_the_seed_alone_and_give_nearly_even_odds():
 
 
 def test_dropout_is_on_the_attention_weights_and_on_both_branches_and_off_in_eval(monkeypatch):
-    monkeypatch.setattr(F, "dropout", spy := Mock(side_effect=lambda x, *_: x))
+    monkeypatch.setattr(F, "dropout", spy := Mock(side_effect=lambda x, *_: 0 * x))
     block = gpt.Block(gpt.Config(65, n_embd=48, n_head=6, dropout=0.5))
-    block(torch.randn(3, 8, 48))
+    assert torch.equal(block(x := torch.randn(3, 8, 48)), x)  # each branch ends with a dropout
     calls = [(tuple(call.args[0].shape), *call.args[1:3]) for call in spy.call_args_list]
     assert calls == [((3, 6, 8, 8), 0.5, True), *2 * [((3, 8, 48), 0.5, True)]]
-    block.eval()(torch.randn(3, 8, 48))
+    block.eval()(x)
     assert not any(call.args[2] for call in spy.call_args_list[3:])
 
 
@@ -90,7 +90,7 @@ def test_the_exact_loss_is_the_mean_over_every_character_but_the_first(length, b
         targets = data[start + 1 : start + 1 + block_size]
         logits = model(data[None, start : start + len(targets)])[0]
         losses += F.cross_entropy(logits, targets, reduction="none").tolist()
-    assert loss == pytest.approx(sum(losses) / (length - 1), abs=1e-6)
+    assert loss == pytest.approx(sum(losses) / (length - 1), abs=1e-5)
 
 
 def test_an_epoch_has_every_window_once_and_its_targets_are_the_next_characters():
@@ -142,7 +142,7 @@ def test_cached_sampling_draws_what_uncached_draws(block_size, n_layer, n_head, 
         window = torch.cat((window, drawn), dim=1)
 
 
-def test_top_k_and_temperature_draw_what_they_should():
+def test_top_k_keeps_the_likeliest_and_temperature_divides_the_logits():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).repeat(4000, 1)
     drawn = gpt.choose(logits, 0.5, 2, seeded(0))
     assert set(drawn.flatten().tolist()) == {2, 3}
@@ -155,14 +155,14 @@ def test_top_k_and_temperature_draw_what_they_should():
 @needs_text
 @pytest.mark.parametrize("windows", [1, pytest.param(40, marks=pytest.mark.long)])
 def test_float16_costs_less_than_0_002_nats_per_character(monkeypatch, windows):
-    """On a part of the validation split. A prompt is read in float32, then one id at a time."""
+    """On a part of the validation split. The prompt is read in float32, all after it in float16."""
     model, vocab, _ = gpt.load(gpt.WEIGHTS)
     ids = gpt.encode(gpt.split(gpt.read_text(gpt.TEXT), 256)[1][: windows * 256 + 1], vocab)
     logits = []
-    for window in ids.unfold(0, 257, 256):  # make the model draw it, from its first two ids on
-        rest = iter(window[2:, None, None])
-        monkeypatch.setattr(gpt, "choose", lambda each, *_: [logits.append(each), next(rest)][1])
+    for window in ids.unfold(0, 257, 256):  # its own characters take the place of drawn ones
+        monkeypatch.setattr(gpt, "choose", choose := Mock(side_effect=window[2:, None, None]))
         list(gpt.generate_cached(model, window[None, :2], 255))
+        logits += [call.args[0] for call in choose.call_args_list]
     assert [each.dtype for each in logits[:255]] == [torch.float32] + 254 * [torch.float16]
     targets = ids[1:].view(-1, 256)[:, 1:].flatten()
     loss = F.cross_entropy(torch.cat(logits).float(), targets).item()

@@ -37,8 +37,8 @@ def tiny(tmp_path, monkeypatch):
 def train(tiny, monkeypatch):
     """A function that runs the cells, to the end of training or to the very end.
 
-    `stop_at` presses the stop button before that iteration of this run. The module that it returns
-    also has `paces`: the shares of the full learning rates that were set.
+    `stop_at` presses the stop button after so many iterations of this run. The module that it
+    returns also has `paces`: the shares of the full learning rates that were set, except 0.
     """
 
     def train(stop_at=None, to_the_end=False, **others):
@@ -81,8 +81,8 @@ def test_notebook_and_script_have_the_same_logits_losses_and_samples(train, monk
     drawn = gpt.generate(ours, torch.zeros(1, 1).long(), T, 30, seeded(1))
     assert run.write(theirs.train(), "", 30) == "a" + gpt.decode(drawn, run.vocab)
     monkeypatch.setattr(F, "dropout", spy := Mock(side_effect=lambda x, *_: x))
-    theirs.train()(ids[None, :T])  # on a CPU, attention weights are not dropped
-    assert [call.args[1] for call in spy.call_args_list] == 2 * len(theirs.blocks) * [0.2]
+    torch.testing.assert_close(theirs.train()(ids[None, :T]), theirs.eval()(ids[None, :T]))
+    assert [call.args[1] for call in spy.call_args_list] == 4 * len(theirs.blocks) * [0.2]
 
 
 def test_attention_maps_are_the_weights_with_which_attention_mixes(train):
@@ -112,7 +112,7 @@ def movements(make, scale=1.0):
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32"])
-def test_muon_moves_as_torchs_own_however_large_the_gradients_are(train, precision):
+def test_muon_moves_as_torchs_own_however_small_the_gradients_are(train, precision):
     notebook = train(iterations=1, precision=precision, device_name="cpu")
     for scale in (1.0, 1e-8):
         for ours, theirs in zip(movements(notebook.Muon, scale), movements(torch.optim.Muon)):
@@ -137,7 +137,7 @@ def test_the_notebook_runs_in_jupyter_and_so_does_the_script(tiny, monkeypatch):
     notebook = copy.deepcopy(NOTEBOOK)
     for cell in notebook.cells:
         if cell.source == TAGGED["parameters"]:
-            cell.source += "".join(f"\n{name} = {value!r}" for name, value in tiny.items())
+            cell.source += "".join(f"\n{k} = {tiny[k]!r}" for k in tiny) + "\ndevice_name = 'cpu'"
     for line in (f'%run "{SCRIPT}" sample --weights weights.pt', "print('on')"):
         notebook.cells.append(nbformat.v4.new_code_cell(line))
     NotebookClient(notebook, timeout=100).execute()
@@ -233,7 +233,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("mistake, message", MISTAKES)
-def test_a_mistake_gets_one_line_and_costs_no_run(train, tmp_path, monkeypatch, mistake, message):
+def test_a_mistake_gets_one_line_and_is_not_saved(train, tmp_path, monkeypatch, mistake, message):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network
     (tmp_path / "latin-1.txt").write_bytes("día".encode("latin-1") * 1000)
     with pytest.raises(Exception, match=message) as error:
@@ -243,7 +243,7 @@ def test_a_mistake_gets_one_line_and_costs_no_run(train, tmp_path, monkeypatch, 
     assert torch.load(kept)["step"] == 0 if "adamw_lr" in mistake else not kept.exists()
 
 
-def test_a_full_gpu_is_told_what_to_do(train, monkeypatch):
+def test_with_a_full_gpu_the_error_says_what_to_do(train, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", Mock(side_effect=torch.OutOfMemoryError))
     with pytest.raises(RuntimeError, match="lower batch_size"):
         train()
@@ -282,5 +282,5 @@ def test_the_shipped_weights_have_the_loss_that_they_claim():
     model, vocab, training = gpt.load(gpt.WEIGHTS)
     _, val_text = gpt.split(gpt.read_text(gpt.TEXT), model.config.block_size)
     loss = gpt.exact_loss(model.float(), gpt.encode(val_text, vocab), model.config.block_size)
-    assert loss == pytest.approx(training["val_loss"], abs=1e-4)
     torch.set_num_threads(1)
+    assert loss == pytest.approx(training["val_loss"], abs=1e-4)
