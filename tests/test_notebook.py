@@ -204,6 +204,7 @@ def test_a_seed_fixes_the_run_and_the_rates_fall_in_the_cooldown(train):
     run = train(**settings)
     assert train(**settings, checkpoint_dir="again").curve == run.curve
     assert run.paces == pytest.approx([min(1, 2 - step / 50) for step in range(100)])
+    assert len(run.matrices) == 4 * run.n_layer  # those that Muon trains
     for optimizer, full_rate in zip(run.optimizers, (run.adamw_lr, run.muon_lr), strict=True):
         assert optimizer.param_groups[0]["lr"].item() == pytest.approx(0.02 * full_rate)
 
