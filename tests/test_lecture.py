@@ -52,8 +52,7 @@ def assert_same_logits(ours, theirs):
 
 WRAPPED = {
     "in a dict": lambda weights: {"step": 7, "model_state_dict": weights},
-    "compiled": lambda weights: {f"_orig_mod.{name}": value for name, value in weights.items()},
-    "wrapped": lambda weights: {f"net.module.{name}": value for name, value in weights.items()},
+    "compiled": lambda weights: {f"m._orig_mod.{name}": value for name, value in weights.items()},
     "float16": lambda weights: {name: value.half() for name, value in weights.items()},
 }
 
