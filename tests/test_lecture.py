@@ -74,10 +74,10 @@ def test_the_code_of_the_lecture_and_its_video_are_told_apart_by_their_scale(loa
     assert "WARNING: another text, or a changed model?\n" in capsys.readouterr().err
 
 
-def test_evaluate_prints_the_losses_of_the_lectures_weights(load, trained, tmp_path, capsys):
+def test_sample_and_evaluate_take_the_lectures_weights(load, trained, tmp_path, capsys):
     load(lecture_weights(trained))
-    options = "--weights", tmp_path / "theirs.pt", "--input", tmp_path / "text.txt"
-    assert gpt.main(["evaluate", *map(str, options)]) == 0
+    options = "--weights", str(tmp_path / "theirs.pt"), "--input", str(tmp_path / "text.txt")
+    assert gpt.main(["sample", *options]) == gpt.main(["evaluate", *options]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if "nothing" in line]
     for line, ids in zip(lines, gpt.split(gpt.encode(TEXT, gpt.vocabulary(TEXT)), 16), strict=True):
         assert float(line[1]) == pytest.approx(gpt.exact_loss(trained, ids, 16), abs=1e-4)
