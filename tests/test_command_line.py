@@ -83,7 +83,7 @@ sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")"""
         assert math.log(float(perplexity)) == pytest.approx(float(measured), abs=1e-4)
 
 
-def test_sample_continues_the_prompt_by_as_many_characters_as_asked(call):
+def test_sample_continues_the_prompt_by_as_many_characters_as_asked(call, bad_files):
     for prompt in ("", "far", "far away, and far away, and"):  # none, short, beyond the window
         options = "sample", "--prompt", prompt, "--tokens", 30, "--seed", 3
         status, out, err = call(*options)
@@ -92,6 +92,7 @@ def test_sample_continues_the_prompt_by_as_many_characters_as_asked(call):
         assert call(*options)[1] == out != call(*options[:-1], 4)[1]
     assert call("sample", "--temperature", 0)[1] == call("sample", "--top-k", 1)[1]
     assert call("sample")[1] != call("sample")[1]  # another seed each time
+    assert call("sample", "--weights", "large.pt", "--precision", "float32")[0] == 0
     texts = call("sample", "--samples", 2, "--tokens", 9, "--prompt", "far", "--seed", 3)[1]
     first, second = texts.split(f"\n{40 * '-'}\n")
     assert len(first) == len(second) == 12 and first[:3] == second[:3] == "far" and first != second
@@ -206,8 +207,6 @@ def test_a_mistake_gets_one_line_that_says_what_is_wrong(call, bad_files, line, 
     assert (status, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
     assert message in err
     assert {path: path.stat().st_mtime_ns for path in bad_files.iterdir()} == before
-    if "--precision float32" in message:
-        assert call(*line.split(), "--precision", "float32")[0] == 0
 
 
 def test_the_whole_text_is_fetched_once_or_nothing_is_kept(tmp_path, monkeypatch, capsys):

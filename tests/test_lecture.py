@@ -10,6 +10,7 @@ from torch import nn
 import benchmark
 
 TEXT = some_text(400)
+IDS = gpt.encode(TEXT, gpt.vocabulary(TEXT))
 SIZES = dict(vocab_size=len(set(TEXT)), block_size=16, n_layer=2, n_head=16, n_embd=32)
 
 
@@ -37,10 +38,10 @@ def load(tmp_path):
 def trained():
     """A textbook model that has learned TEXT, so that all its parts and scales matter."""
     torch.manual_seed(0)
-    model, ids = benchmark.TextbookGPT(gpt.Config(**SIZES)), gpt.encode(TEXT, gpt.vocabulary(TEXT))
+    model = benchmark.TextbookGPT(gpt.Config(**SIZES))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(120):
-        benchmark.textbook_step(model, optimizer, ids, 32)
+        benchmark.textbook_step(model, optimizer, IDS, 32)
     return model.half().float().eval()  # numbers that float16 can hold
 
 
@@ -79,7 +80,7 @@ def test_sample_and_evaluate_take_the_lectures_weights(load, trained, tmp_path, 
     options = "--weights", str(tmp_path / "theirs.pt"), "--input", str(tmp_path / "text.txt")
     assert gpt.main(["sample", *options]) == gpt.main(["evaluate", *options]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if "nothing" in line]
-    for line, ids in zip(lines, gpt.split(gpt.encode(TEXT, gpt.vocabulary(TEXT)), 16), strict=True):
+    for line, ids in zip(lines, gpt.split(IDS, 16), strict=True):
         assert float(line[1]) == pytest.approx(gpt.exact_loss(trained, ids, 16), abs=1e-4)
 
 

@@ -124,7 +124,7 @@ def test_cached_sampling_draws_what_uncached_draws(block_size, n_layer, n_head, 
     config = gpt.Config(11, block_size, n_layer, n_head, n_embd=8 * n_head, dropout=0.5)
     model = gpt.initialize(gpt.gpt, config, seed=0)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0, 0.5)
+        nn.init.normal_(parameter, 0, 0.5)
     idx = torch.randint(11, (texts, length), generator=seeded(1))
     cached = list(gpt.generate_cached(model, idx, 25, 0.9, 5, seeded(2)))
     assert len(cached) == 25 and model.training  # as before
