@@ -14,15 +14,15 @@ import time
 from argparse import ArgumentParser
 from contextlib import redirect_stdout
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from runpy import run_path
 from statistics import median
 from tempfile import TemporaryDirectory
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
-NOTEBOOK = Path(__file__).resolve().with_name("model.ipynb")
-gpt = SimpleNamespace(**run_path(str(NOTEBOOK.with_name("bigram-to-gpt.py"))))
+gpt = import_module("bigram-to-gpt")
 torch, nn, F = gpt.torch, gpt.nn, gpt.F  # it says how threads wait before it imports torch
+NOTEBOOK = gpt.WEIGHTS.with_name("model.ipynb")
 
 # ------------------------------------------------------------------------------------- the textbook
 
@@ -141,20 +141,6 @@ def sampling(texts, characters):
     return title, theirs, lambda: list(gpt.generate_cached(model, start, characters))
 
 
-def exact_loss(windows=150):
-    model, vocab, _ = gpt.load(gpt.WEIGHTS)
-    T, textbook = model.config.block_size, TextbookGPT(model.config).eval()
-    data = gpt.encode(gpt.read_text(gpt.TEXT)[: windows * T + 1], vocab)
-
-    @torch.no_grad()
-    def theirs():
-        for x, y in zip(*(part.view(-1, T).split(64) for part in (data[:-1], data[1:]))):
-            F.cross_entropy(textbook(x).flatten(0, 1), y.flatten()).item()
-
-    title = f"exact loss of the large model on {len(data):,} characters"
-    return title, theirs, partial(gpt.exact_loss, model.float(), data, T)
-
-
 def iteration(**settings):
     """The notebook's own cells do ours, up to the end of training, on a short text. On a CPU, they
     leave out the dropout of attention weights, which the textbook has."""
@@ -179,13 +165,14 @@ def iteration(**settings):
             loss = step()
         loss.item()  # waits for a GPU
 
-    sizes = f"{count} × {names['batch_size']} × {names['block_size']} characters"
-    title = f"train the large model: {sizes}, {names['hardware']}; ours: {names['precision']}, Muon"
+    sizes = f"{count} × {names['batch_size']} × {names['block_size']}, {names['hardware']}"
+    title = f"train the large model: {sizes}; ours: {names['precision']}, Muon"
     return title, partial(repeat, theirs), partial(repeat, names["next_iteration"])
 
 
 ROWS = {"growth": growth, "text": partial(sampling, 1, 500), "texts": partial(sampling, 64, 64),
-        "loss": exact_loss, "iteration": iteration}  # fmt: skip
+        "iteration": iteration}  # fmt: skip
+ROW = "{:72} {:>8} {:>7} {:>6}"
 
 
 def measure(row, rounds=3):
@@ -195,7 +182,7 @@ def measure(row, rounds=3):
         work()
         seconds.append(time.perf_counter() - start)
     theirs, ours = map(median, times)
-    return f"| {title} | {theirs:.3g} s | {ours:.3g} s | {theirs / ours:.3g} |"
+    return ROW.format(title, f"{theirs:.3g} s", f"{ours:.3g} s", f"{theirs / ours:.3g}")
 
 
 def main(argv):
@@ -206,7 +193,7 @@ def main(argv):
     [cpu, *_] = re.findall("model name\\s*: (.*)", info) or [platform.machine()]
     versions = f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
     print(f"Medians of three rounds. {cpu}, {torch.get_num_threads()} threads; {versions}\n")
-    print("| work | textbook | ours | times as fast |\n|---|--:|--:|--:|", flush=True)
+    print(ROW.format("work", "textbook", "ours", "ratio"), flush=True)
     try:
         for name in [only] if only else ROWS:
             print(measure(ROWS[name]), flush=True)
