@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 WEIGHTS = Path(__file__).resolve().with_name("gpt_shakespeare.pt")  # trained in model.ipynb
-MORE = WEIGHTS.with_name("assets") / "more.txt"  # from sample --tokens 500000 --seed 1
+MORE = WEIGHTS.with_name("assets") / "more.txt"  # written by: sample --tokens 500000 --seed 1
 TEXT = WEIGHTS.with_name("input.txt")  # Tiny Shakespeare, downloaded when it is first needed
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
