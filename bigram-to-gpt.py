@@ -52,11 +52,11 @@ def vocabulary(text):
     return "".join(sorted(set(text)))
 
 
-def encode(text, vocab):
+def encode(text, vocab, name="the prompt"):
     """The ids of N characters, (N,). UserError if the vocabulary lacks one of them."""
     unknown = "".join(sorted(set(text) - set(vocab)))
     if unknown:
-        raise UserError(f"the model never saw {unknown[:99]!r}: it knows only {vocab[:999]!r}")
+        raise UserError(f"{name} has {unknown[:99]!r}, but the model knows only {vocab[:999]!r}")
     id_of = {character: i for i, character in enumerate(vocab)}
     return torch.from_numpy(np.fromiter(map(id_of.get, text), np.int64, len(text)))
 
@@ -389,7 +389,7 @@ def save(path, model, vocab, training):
 def load(path, text_path=TEXT):
     """The model, vocabulary and training record in a checkpoint, ours or the lecture's."""
     if not path.is_file():
-        raise UserError(f"no file {path}: train a model first (grow), then --weights one-block.pt")
+        raise UserError(f"no file {path}: check its name, or grow a model first (one-block.pt)")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         if isinstance(checkpoint, dict) and "vocab" in checkpoint:
@@ -538,11 +538,11 @@ def sample(args):
 def evaluate(args):
     """Print a checkpoint's exact losses on both parts of a text, next to those in its file."""
     model, vocab, training = load(args.weights, args.input)
-    model, block_size = model.float(), model.config.block_size
-    splits = [encode(part, vocab) for part in split(read_text(args.input), block_size, args.input)]
+    parts = split(read_text(args.input), block_size := model.config.block_size, args.input)
+    splits = [encode(part, vocab, args.input) for part in parts]
     print(f"{'loss on ' + args.input.name:24} measured  in the file  bits/char  perplexity")
     for title, key, data in zip(("train", "validation"), ("train_loss", "val_loss"), splits):
-        loss = exact_loss(model, data, block_size, title)
+        loss = exact_loss(model.float(), data, block_size, title)
         stored = f"{training[key]:.4f}" if key in training else "nothing"
         print(f"{title:24}{loss:9.4f}{stored:>13}{loss / math.log(2):11.4f}{math.exp(loss):12.4f}")
 
@@ -553,7 +553,7 @@ def evaluate(args):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         hint = "; before a dash, put =" if "expected one argument" in message else ""
-        raise UserError(f"{message}{hint} (see {self.prog} --help)")
+        raise UserError(f"{message}{hint} (--help lists the options)")
 
 
 def parse(argv):

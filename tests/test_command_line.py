@@ -163,14 +163,14 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_training(call, monke
 
 
 MISTAKES = {
-    "sample --prompt Chloé": "the model never saw 'Clé': it knows only '",
+    "sample --prompt Chloé": "the prompt has 'Clé', but the model knows only '",
     "sample --tokens 0": "--tokens 0: it must be from 1 to",
     "sample --temperature nan": "--temperature nan: it must be from 0 to",
     "sample --seed 18446744073709551616": "it must be from 0 to 4,294,967,296",
     "sample --prompt -x": "argument --prompt: expected one argument; before a dash, put =",
-    "grow --tokens 5": "unrecognized arguments: --tokens 5 (see ",
+    "grow --tokens 5": "unrecognized arguments: --tokens 5 (--help lists",
     "train": "invalid choice: 'train'",
-    "sample --weights none.pt": "no file none.pt: train a model first (grow), then --weights one",
+    "sample --weights none.pt": "no file none.pt: check its name, or grow a model first",
     "sample --weights cut.pt": "cut.pt is damaged, or another model: ",
     "sample --weights path.pt": "it is not what torch.save(model.state_dict(), ...) writes",
     "sample --weights vocab.pt": "error: the model knows 24 characters, the text has 3",
@@ -179,7 +179,7 @@ MISTAKES = {
     "--input short.txt": "short.txt has 80 characters, too few: it needs 81 or more",
     "--input latin-1.txt": "latin-1.txt is not UTF-8: convert it",
     "--input text.txt --out text.txt": ": 'text.txt'",
-    "evaluate --input digits.txt": "the model never saw '012346789'",
+    "evaluate --input digits.txt": "digits.txt has '012346789', but the model knows only '",
 }
 
 
