@@ -25,18 +25,18 @@ BLOCK = (
     "ln1.weight ln1.bias sa.proj.weight sa.proj.bias ln2.weight ln2.bias "
     "ffwd.net.0.weight ffwd.net.0.bias ffwd.net.2.weight ffwd.net.2.bias"
 )
-# What the lecture's earlier stages are made of.
-BEFORE_BLOCKS = {"token_embedding_table", "position_embedding_table", "sa_head", "sa_heads", "ffwd"}
-BEFORE_BLOCKS |= {"ln_f", "lm_head"}
+# The parts of the lecture's earlier stages, those without blocks.
+EARLIER = {"token_embedding_table", "position_embedding_table", "sa_head", "sa_heads", "ffwd"}
+EARLIER |= {"ln_f", "lm_head"}
 
 
 def convert(checkpoint, vocab):
-    """Two checkpoints, as dicts: one that fits the lecture's published code, one for its video.
+    """Two checkpoints, as dicts: one for the lecture's code on GitHub, one for its video.
 
-    The published code divides attention scores by the root of head_size, as we do. The code that
-    is typed in the video divides them by the root of n_embd, which is larger by the root of n_head.
-    So the video's queries have to be divided by the root of n_head. ValueError if this is not a
-    state_dict of the lecture's GPTLanguageModel, or a dict that holds one.
+    The code on GitHub divides attention scores by the root of head_size, as we do. The video and
+    its Colab notebook divide them by the root of n_embd, which is larger by the root of n_head.
+    So their queries have to be divided by the root of n_head. ValueError if this is not a
+    state_dict of the lecture's last model, or a dict that holds one.
     """
     prefix, theirs = find_weights(checkpoint)
     n_layer = len({name.split(".")[1] for name in theirs if name.startswith("blocks.")})
@@ -53,6 +53,8 @@ def convert(checkpoint, vocab):
     if "ln_f.weight" in ours and (ours["ln_f.weight"] == 1).all() and not ours["ln_f.bias"].any():
         del ours["ln_f.weight"], ours["ln_f.bias"]  # never trained, so the model did not use it
     (V, C), T = ours["token_embedding.weight"].shape, len(ours["position_embedding.weight"])
+    if len(ours["blocks.0.attention.qkv.weight"]) != 3 * C:
+        raise ValueError(f"n_head ({len(heads)}) times the size of a head is not n_embd ({C})")
     config = dict(vocab_size=V, block_size=T, n_layer=n_layer, n_head=len(heads), n_embd=C)
     video = dict(ours)
     for n in range(n_layer):
@@ -65,8 +67,8 @@ def convert(checkpoint, vocab):
 def find_weights(checkpoint):
     """The prefix of the names in a checkpoint, and its weights without prefix and masks.
 
-    The checkpoint is a GPTLanguageModel's state_dict, or a dict that holds one. A model that was
-    compiled has names with the prefix "_orig_mod.".
+    The checkpoint is a state_dict of the lecture's last model, or a dict that holds one. If the
+    model was compiled, all names begin with "_orig_mod.".
     """
     if not isinstance(checkpoint, dict):
         raise ValueError("it holds no dict of weights")
@@ -78,7 +80,7 @@ def find_weights(checkpoint):
                 named = {str(name).removeprefix(prefix): weights[name] for name in weights}
                 return prefix, {name: named[name] for name in named if not name.endswith("tril")}
     found = ", ".join(map(str, list(max(dicts, key=len))[:3]))
-    raise ValueError(f"neither ours (with a vocab) nor the lecture's: it holds {found}")
+    raise ValueError(f"neither the lecture's nor as grow or the notebook's end saves it: {found}")
 
 
 def our_parts(n_layer, n_head, ln_f):
@@ -102,7 +104,7 @@ def our_parts(n_layer, n_head, ln_f):
 
 def check_names(found, wanted, prefix):
     """ValueError if names are found that are not wanted, or the other way round."""
-    if {name.split(".")[0] for name in found} <= BEFORE_BLOCKS:
+    if {name.split(".")[0] for name in found} <= EARLIER:
         raise ValueError("an earlier stage of the lecture, without blocks: only the last one fits")
     complaints = []
     for complaint, names, others in (("unexpected", found, wanted), ("missing", wanted, found)):
