@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
-# Idle threads sleep sooner (Linux), so that other programs disturb less; at once would be slower.
+# OpenMP's idle threads (Linux) spin 3,000 times, not 300,000: they take less time from others.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 WEIGHTS = Path(__file__).resolve().with_name("gpt_shakespeare.pt")  # trained in model.ipynb
-MORE = WEIGHTS.with_name("assets") / "more.txt"  # written by: sample --tokens 500000 --seed 1
+FALLBACK = WEIGHTS.with_name("assets") / "more.txt"  # by: sample --tokens 500000 --seed 1
 TEXT = WEIGHTS.with_name("input.txt")  # Tiny Shakespeare, downloaded when it is first needed
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -75,9 +75,8 @@ def split(text, block_size, name="the text"):
     return text[:boundary], text[boundary:]
 
 
-def counted_bigram(train_data, val_data, vocab_size):
+def counted_bigram(train_ids, val_ids, vocab_size):
     """The losses of a counted bigram model: what the first of the five models should reach."""
-    train_ids, val_ids = train_data.numpy(), val_data.numpy()
     pairs = np.ones((vocab_size, vocab_size))  # (V, V); not zeros, so that no pair is impossible
     np.add.at(pairs, (train_ids[:-1], train_ids[1:]), 1)
     nll = -np.log(pairs / pairs.sum(axis=1, keepdims=True))  # (V, V)
@@ -96,7 +95,7 @@ class Config:
     n_layer: int = 1
     n_head: int = 1
     n_embd: int = 65
-    dropout: float = 0.0
+    dropout: float = 0.0  # above 0 in the notebook only
 
 
 class CausalSelfAttention(nn.Module):
@@ -104,7 +103,7 @@ class CausalSelfAttention(nn.Module):
 
     This is the lecture's MultiHeadAttention (Vaswani et al., 2017), with one matrix for the
     queries, keys and values of all heads. While sampling, a cache keeps keys and values. Then x is
-    the beginning of a text (start is 0), or a single position with `start` positions before it.
+    the beginning of a window (start is 0), or one position with `start` positions before it.
     """
 
     def __init__(self, config):
@@ -125,8 +124,8 @@ class CausalSelfAttention(nn.Module):
             future = torch.ones(T, T, dtype=torch.bool).triu(1)  # (T, T)
             weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # (B, n_head, T, T)
             out = self.dropout(weights) @ v  # (B, n_head, T, head_size)
-        else:  # scores, mask, softmax and sum in one call, which is faster
-            cache[..., start : start + T, :] = qkv[1:]  # (2, B, n_head, block_size, head_size)
+        else:  # faster: in one call and in float32; a single position sees all before it
+            cache[..., start : start + T, :] = qkv[1:]  # (2, B, n_head, T, head_size)
             q, (k, v) = qkv[0].float(), cache[..., : start + T, :]  # (B, n_head, T or S, head_size)
             out = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0).to(x.dtype)
         out = self.proj(out.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
@@ -170,8 +169,8 @@ class Model(nn.Module):
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
-        self.blocks = nn.ModuleList(part(config) for part in parts)
-        self.ln_f = final_norm(config.n_embd)
+        self.blocks = nn.ModuleList(part(config) for part in parts)  # in a GPT, all are blocks
+        self.ln_f = final_norm(config.n_embd)  # nn.Identity ignores the size
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
 
     def forward(self, idx, cache=None, start=0):  # (B, T)
@@ -203,7 +202,7 @@ def initialize(make, config, seed):
     gains = {"token_embedding.weight": 2.0, "position_embedding.weight": 2.0, "lm_head.weight": 0.3}
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
-            nn.init.orthogonal_(parameter, gains.get(name, 1.0))
+            nn.init.orthogonal_(parameter, gains.get(name, 1.0))  # 0.3: nearly even odds at first
     return model
 
 
@@ -211,25 +210,25 @@ def initialize(make, config, seed):
 
 
 @torch.inference_mode()
-def exact_loss(model, data, block_size, title=None):
-    """The mean loss over every character of data, (N,), except the first. With a title: a bar."""
-    was_training, size = model.training, len(data) - 1
+def exact_loss(model, ids, block_size, title=None):
+    """The mean loss over all ids, (N,), except the first. A title adds a progress bar."""
+    was_training, size = model.training, len(ids) - 1
     model.eval()  # dropout off
     padding = -size % block_size  # fills the last window; cross_entropy ignores targets of -100
-    x = F.pad(data[:-1], (0, padding)).view(-1, block_size)  # (N, T)
-    y = F.pad(data[1:], (0, padding), value=-100).view(-1, block_size)  # (N, T)
-    rows, total = max(1, 2048 // block_size), 0.0  # batches that fit into a core's cache
+    x = F.pad(ids[:-1], (0, padding)).view(-1, block_size)  # (N, T)
+    y = F.pad(ids[1:], (0, padding), value=-100).view(-1, block_size)  # (N, T)
+    rows, total = max(1, 2048 // block_size), 0.0  # the small models' batches fit a core's cache
     pairs = list(zip(x.split(rows), y.split(rows)))  # (B, T) each
     for inputs, targets in tqdm(pairs, title, leave=False, disable=None if title else True):
-        logits = model(inputs).flatten(0, 1).float()  # (B * T, V)
+        logits = model(inputs).flatten(0, 1)  # (B * T, V)
         total += F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
     model.train(was_training)
     return total / size
 
 
-def batches(data, block_size, batch_size, seed):
-    """Yield inputs and targets forever, (B, T) each. No window comes again before all have come."""
-    windows = data.unfold(0, block_size + 1, block_size)  # (N, T + 1)
+def batches(ids, block_size, batch_size, seed):
+    """Yield (B, T) inputs and targets forever. Windows do not overlap; an epoch has each once."""
+    windows = ids.unfold(0, block_size + 1, block_size)  # (N, T + 1)
     generator = torch.Generator().manual_seed(seed)
     while True:
         for rows in torch.randperm(len(windows), generator=generator).split(batch_size):  # (B,)
@@ -237,23 +236,23 @@ def batches(data, block_size, batch_size, seed):
             yield batch[:, :-1], batch[:, 1:]
 
 
-def train(model, data, val_data, block_size, steps, seed, title=None, batch_size=32, max_lr=5e-3):
+def train(model, train_ids, val_ids, block_size, steps, seed, title=None, max_lr=5e-3):
     """Train a model, then load the weights that had the lowest validation loss on the way.
 
     Returns the validation losses, [(step, loss), ...], and a dict: step, losses and seed of these
     weights. The optimizer is AdamW (Loshchilov and Hutter, 2019).
     """
-    # The head learns best at five times the rate of the rest. Both rates fall to zero. A step
-    # follows 30 % of the current gradient and 70 % of its running average (the first beta).
+    # lm_head learns better at a higher rate than the rest. Both rates fall to zero. The first beta
+    # is 0.7, not 0.9: the running average of the gradients spans about 3 batches, not about 10.
     head = [parameter for name, parameter in model.named_parameters() if "lm_head" in name]
     rest = [parameter for name, parameter in model.named_parameters() if "lm_head" not in name]
     groups = [{"params": rest, "lr": max_lr}, {"params": head, "lr": 5 * max_lr}]
     optimizer = torch.optim.AdamW(groups, betas=(0.7, 0.99), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    eval_steps = {math.ceil(steps * part) for part in (1 / 30, 1 / 10, 1 / 3, 1)}
+    eval_steps = {math.ceil(steps * part) for part in (1 / 30, 1 / 10, 1 / 3, 1)}  # on a log scale
     curve, best_step, best_loss, best = [], 0, math.inf, model.state_dict()
     bar = tqdm(range(1, steps + 1), title, leave=False, disable=None)  # only in a terminal
-    for step, (x, y) in zip(bar, batches(data, block_size, batch_size, seed)):
+    for step, (x, y) in zip(bar, batches(train_ids, block_size, 32, seed)):
         logits = model(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
         optimizer.zero_grad()
@@ -261,12 +260,13 @@ def train(model, data, val_data, block_size, steps, seed, title=None, batch_size
         optimizer.step()
         schedule.step()
         if step in eval_steps:
-            val_loss = exact_loss(model, val_data, block_size)
+            val_loss = exact_loss(model, val_ids, block_size)
+            assert math.isfinite(val_loss), f"{title} has no loss at step {step}: lower its rate"
             curve.append((step, val_loss))
             if val_loss < best_loss:
                 best_step, best_loss, best = step, val_loss, copy.deepcopy(model.state_dict())
     model.load_state_dict(best)
-    train_loss = exact_loss(model, data, block_size)
+    train_loss = exact_loss(model, train_ids, block_size)
     return curve, {"step": best_step, "train_loss": train_loss, "val_loss": best_loss, "seed": seed}
 
 
@@ -278,8 +278,7 @@ def generate(model, idx, block_size, max_new_tokens, generator=None):
     """Continue idx, (B, T), as in the lecture: yield the next id of each row, (B,), many times."""
     model.eval()
     for _ in range(max_new_tokens):
-        window = idx[:, -block_size:]  # (B, T), T at most block_size
-        logits = model(window)[:, -1]  # (B, V)
+        logits = model(idx[:, -block_size:])[:, -1]  # (B, V)
         new = choose(logits, generator=generator)  # (B, 1)
         yield new[:, 0]
         idx = torch.cat((idx, new), dim=1)  # (B, T + 1)
@@ -290,11 +289,10 @@ def choose(logits, temperature=1.0, top_k=None, generator=None):
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     if top_k:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < least, -math.inf)
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # (B, V), at most 0: nothing overflows
-    scaled = logits.double() / temperature  # (B, V)
-    return torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator)
+        kept = logits.topk(min(top_k, logits.shape[-1]))  # (B, k): k, even if some are equal
+        logits = torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)
+    logits = logits.double() - logits.amax(dim=-1, keepdim=True)  # (B, V), at most 0: no overflow
+    return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
 
 
 @torch.inference_mode()
@@ -304,24 +302,22 @@ def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=None, gen
     Every attention layer keeps all keys and values. They already contain their position embeddings,
     so they cannot be shifted: when the window is full, we start again with its last half.
     For one character, reading the weights from memory takes longer than multiplying, and in float16
-    they are half as large. For many (a prompt, several texts) multiplying takes longer, and CPUs do
-    that faster in float32. UserError if the logits are not finite.
+    they are half as large. For many (a prompt, several texts) multiplying takes longer, and many
+    CPUs do that faster in float32. UserError if the logits are not finite.
     """
-    # To look up a layer in nn.Module, and to call it, takes a tenth of the time. So in this copy
+    # A tenth of the time goes into finding and calling layers through nn.Module. So in this copy
     # (which shares the weights) they are plain attributes, and forward() is called directly.
     model = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()}).eval()
     for module in model.modules():
         vars(module).update(module.named_parameters(recurse=False))
         for n, part in module.named_children():
             vars(module)[n] = part.forward if isinstance(part, (nn.Linear, nn.LayerNorm)) else part
-    c, in_float32 = model.config, None
+    c, in_float32 = model.config, copy.deepcopy(model).float()
     cache = list(torch.empty(c.n_layer, 2, len(idx), c.n_head, c.block_size, c.n_embd // c.n_head))
     unread, start = idx[:, -c.block_size :], 0  # (B, T)
     for _ in range(max_new_tokens):
         if start == c.block_size:
             unread, start = idx[:, -max(1, c.block_size // 2) :], 0  # (B, T / 2)
-        if unread.numel() > 1 and not in_float32:
-            in_float32 = copy.deepcopy(model).float()
         network = in_float32 if unread.numel() > 1 else model
         logits = network(unread, cache, start)[:, -1]  # (B, V)
         if not math.isfinite(logits.float().sum()):  # inf and nan survive a sum
@@ -339,7 +335,7 @@ class UserError(Exception):
     """A mistake that the user can correct: main() prints it as one line."""
 
 
-def write(path, content):
+def write_file(path, content):
     """Write bytes to a file. If this fails or is interrupted, the old file is still there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -349,21 +345,21 @@ def write(path, content):
         if error.filename2:  # from os.replace: Windows refuses it if another program has path open
             raise UserError(f"cannot replace {path} ({error.strerror}): the new one is {temporary}")
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def download_text():
     """Save Tiny Shakespeare, all of it or nothing. ConnectionError if it does not arrive."""
     remedy = f"try again, or save it yourself as {TEXT}"
     try:
-        content = urlopen(URL, timeout=30).read()  # seconds of silence
+        content = urlopen(URL, timeout=30).read()  # gives up after 30 s of silence
     except Exception as error:  # no network, no HTTP, no certificates, ...
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             remedy = f"run Applications/Python's 'Install Certificates.command' (Mac), or {remedy}"
         raise ConnectionError(f"cannot download {URL} ({error}): {remedy}") from None
     if hashlib.sha256(content).hexdigest() != SHA256:
         raise UserError(f"{URL} sent something other than Tiny Shakespeare: {remedy}")
-    write(TEXT, content)
+    write_file(TEXT, content)
 
 
 def read_text(path):
@@ -383,7 +379,7 @@ def save(path, model, vocab, training):
     """Write a checkpoint: all that is needed to use the model, as tensors and plain types."""
     parts = {"config": asdict(model.config), "vocab": vocab, "model": dict(model.state_dict())}
     torch.save(parts | {"training": training}, buffer := io.BytesIO())
-    write(path, buffer.getbuffer())
+    write_file(path, buffer.getbuffer())
 
 
 def load(path, text_path=TEXT):
@@ -412,6 +408,7 @@ def build(checkpoint):
     vocab, V = checkpoint["vocab"], model.config.vocab_size
     if len(vocab) != V:
         raise UserError(f"the model knows {V} characters, the text has {len(vocab)}: see --input")
+    model(torch.zeros(1, 1, dtype=torch.long))  # sizes that cannot be fail here
     if all(tensor.dtype == torch.float16 for tensor in weights.values()):
         model.half()
     return model.eval(), vocab, dict(checkpoint["training"])
@@ -419,21 +416,21 @@ def build(checkpoint):
 
 def build_lecture(checkpoint, text):
     """As build, for the lecture's weights and the vocabulary of a text; prints their loss on it."""
-    import lecture  # its code and its video divide attention scores by different numbers
+    import lecture  # GitHub and video scale attention scores differently: it converts for both
 
     vocab = vocabulary(text)
     versions = [build(version) for version in lecture.convert(checkpoint, vocab)]
     ids, untrained = encode(text[:5000], vocab), math.log(len(vocab))
     losses = [exact_loss(model, ids, model.config.block_size) for model, *_ in versions]
-    best = 1 if losses[1] < min(0.98 * losses[0], 0.8 * untrained) else 0  # in doubt, the code
-    code, loss = ("published code", "video")[best], losses[best]
+    best = 1 if losses[1] < min(0.98 * losses[0], 0.8 * untrained) else 0  # 1: clearly better
+    code, loss = ("code on GitHub", "video or notebook")[best], losses[best]
     doubt = "" if loss < 0.8 * untrained else "; WARNING: another text, or a changed model?"
     print(f"weights that fit the lecture's {code}: loss {loss:.2f} on the first {len(ids):,} "
           f"characters ({untrained:.2f} if untrained){doubt}", file=sys.stderr)  # fmt: skip
     return versions[best]
 
 
-# ----------------------------------------------------------------------------------- three commands
+# ------------------------------------------------------------------------------------ three actions
 
 
 def grow(args):
@@ -441,13 +438,13 @@ def grow(args):
     try:
         text = read_text(args.input)
     except ConnectionError as error:
-        print(f"WARNING: {error}\nWARNING: using {MORE}, so losses differ", file=sys.stderr)
-        args.input, text = MORE, read_text(MORE)
+        print(f"WARNING: {error}\nWARNING: using {FALLBACK}, so losses differ", file=sys.stderr)
+        args.input, text = FALLBACK, read_text(FALLBACK)
     vocab, name = vocabulary(text), args.input.name
     config, seed = Config(len(vocab)), 1337 if args.seed is None else args.seed
     splits = [encode(part, vocab) for part in split(text, config.block_size, args.input)]
     args.out.mkdir(parents=True, exist_ok=True)
-    (probe := args.out / f".{os.getpid()}").touch()  # better an error now than after training
+    (probe := args.out / f".one-block.pt.{os.getpid()}").touch()  # fails now, not after training
     probe.unlink()
     torch.set_num_threads(1)  # a core for each model; more would change its weights a little
     print(f"{name}: {len(text):,} characters, {len(vocab)} of them distinct\n")
@@ -467,14 +464,14 @@ def grow(args):
     print(f"\n500 characters from the last model:\n\n{decode(ids, vocab)}")
 
 
-def grow_rungs(config, data, val_data, counted, steps, seed):
-    """Train the models, one on each core; print a table: [(title, model, curve, training), ...]."""
+def grow_rungs(config, train_ids, val_ids, counted, steps, seed):
+    """Train one model per core; print a table, return [(title, model, curve, training), ...]."""
     row = "{:14} {:27} {:>10} {:>8} {:>8}".format
     print(row("rung", "adds", "parameters", "train", "val"))
     print(row("0 counting", "pairs counted, not trained", "", *map("{:.4f}".format, counted)))
     titles = [f"{i} {name}" for i, (name, _, _) in enumerate(RUNGS, start=1)]
     models, grown = [initialize(make, config, seed) for _, _, make in RUNGS], []
-    common = data, val_data, config.block_size, steps, seed
+    common = train_ids, val_ids, config.block_size, steps, seed
     pool = ThreadPoolExecutor(os.cpu_count())  # faster than all cores on one model
     results = pool.map(lambda model, title: train(model, *common, title), models, titles)
     for title, (_, adds, _), model, (curve, training) in zip(titles, RUNGS, models, results):
@@ -511,7 +508,7 @@ def draw(path, grown, counted, name):
     axes.minorticks_off()
     axes.set_title(f"What each idea adds: validation loss on {ascii(name)}", parse_math=False)
     axes.figure.savefig(buffer := io.BytesIO(), format="png", dpi=150)
-    write(path, buffer.getbuffer())
+    write_file(path, buffer.getbuffer())
 
 
 def sample(args):
@@ -520,7 +517,7 @@ def sample(args):
     model = model.float() if args.precision == "float32" else model
     prompt = open(0, encoding="utf-8-sig").read() if args.prompt == "-" else args.prompt
     seed = torch.seed() % 2**32 if args.seed is None else args.seed
-    idx = encode(prompt or vocab[0], vocab).repeat(args.samples, 1)  # (B, T)
+    idx = encode(prompt or vocab[0], vocab).repeat(args.samples, 1)  # (B, T), T at least 1
     options = args.temperature, args.top_k, torch.Generator().manual_seed(seed)
     drawn, began = generate_cached(model, idx, args.tokens, *options), time.perf_counter()
     if args.samples == 1:
@@ -541,10 +538,11 @@ def evaluate(args):
     parts = split(read_text(args.input), block_size := model.config.block_size, args.input)
     splits = [encode(part, vocab, args.input) for part in parts]
     print(f"{'loss on ' + args.input.name:24} measured  in the file  bits/char  perplexity")
-    for title, key, data in zip(("train", "validation"), ("train_loss", "val_loss"), splits):
-        loss = exact_loss(model.float(), data, block_size, title)
-        stored = f"{training[key]:.4f}" if key in training else "nothing"
-        print(f"{title:24}{loss:9.4f}{stored:>13}{loss / math.log(2):11.4f}{math.exp(loss):12.4f}")
+    for title, key, ids in zip(("train", "validation"), ("train_loss", "val_loss"), splits):
+        loss = exact_loss(model.float(), ids, block_size, title)
+        stored = f"{training[key]:.4f}" if isinstance(training.get(key), float) else "nothing"
+        bits, perplexity = loss / math.log(2), torch.tensor(loss).exp()  # inf is no error here
+        print(f"{title:24}{loss:9.4f}{stored:>13}{bits:11.4f}{perplexity:12.4f}")
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -552,7 +550,7 @@ def evaluate(args):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        hint = "; before a dash, put =" if "expected one argument" in message else ""
+        hint = "; with a dash: --option=-value" if "expected one argument" in message else ""
         raise UserError(f"{message}{hint} (--help lists the options)")
 
 
@@ -602,7 +600,7 @@ def main(argv):
     except (UserError, OSError, UnicodeError) as error:
         closed = (errno.EPIPE, errno.EINVAL) if os.name == "nt" else (errno.EPIPE,)
         if getattr(error, "errno", 0) in closed and not error.filename:  # stdout, as by `| head`
-            return 141
+            return 141  # 128 + 13: the status of a program that SIGPIPE ends
         print("error:", *str(error).split(), file=sys.stderr)
         return 2
 
@@ -610,11 +608,13 @@ def main(argv):
 if __name__ == "__main__":
     if hasattr(sys, "ps1") or not hasattr(sys.stdout, "reconfigure"):
         threads = torch.get_num_threads()
-        main(sys.argv[1:])  # do not exit: this is IPython, Jupyter (%run) or IDLE
-        torch.set_num_threads(threads)
+        try:
+            main(sys.argv[1:])  # do not exit: this is IPython, Jupyter (%run) or IDLE
+        finally:  # after the stop button, too
+            torch.set_num_threads(threads)
     else:
-        everywhere = {} if sys.stdout.isatty() else {"encoding": "utf-8", "newline": "\n"}
-        sys.stdout.reconfigure(errors="replace", line_buffering=True, **everywhere)
+        redirected = {} if sys.stdout.isatty() else {"encoding": "utf-8", "newline": "\n"}
+        sys.stdout.reconfigure(errors="replace", line_buffering=True, **redirected)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
         tqdm.set_lock(threading.RLock())  # its own lock would outlive os._exit, with a warning
         os._exit(main(sys.argv[1:]))  # torch takes 0.3 s or more to end in the usual way
