@@ -13,7 +13,7 @@ sample 1 × 500 characters from the large model; ours: float16              16.5
 sample 64 × 64 characters from the large model                             17.5 s 0.875 s     20
 train the large model: 1 × 32 × 256, cpu, 2 cores; ours: bfloat16, Muon    5.21 s  1.93 s    2.7
 
-20 × 64 × 256 characters on an NVIDIA H200 (torch 2.11) took 1.08 s and 0.13 s, a ratio of 8.25.
+20 iterations of 64 × 256 on an NVIDIA H200 (torch 2.11) took 1.08 s and 0.13 s, a ratio of 8.25.
 """
 
 import json
@@ -31,7 +31,7 @@ from tempfile import TemporaryDirectory
 from types import ModuleType
 
 gpt = import_module("bigram-to-gpt")
-torch, nn, F = gpt.torch, gpt.nn, gpt.F  # it says how threads wait before it imports torch
+torch, nn, F = gpt.torch, gpt.nn, gpt.F  # the script sets GOMP_SPINCOUNT before it imports torch
 NOTEBOOK = gpt.WEIGHTS.with_name("model.ipynb")
 
 # ------------------------------------------------------------------------------------- the textbook
@@ -152,8 +152,8 @@ def sampling(texts, characters):
 
 
 def iteration(**settings):
-    """The notebook's own cells do ours, up to the end of training, on a short text. On a CPU, they
-    leave out the dropout of attention weights, which the textbook has."""
+    """Ours is the notebook's own code: its cells run to the end of training, on a short text.
+    On a CPU they leave out the dropout of attention weights, which the textbook has."""
     sys.modules["cells"] = ModuleType("cells")  # torch.compile looks for the module of a function
     names, tags = vars(sys.modules["cells"]), []
     with TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
@@ -187,7 +187,8 @@ ROW = "{:72} {:>8} {:>7} {:>6}"
 
 def measure(row, rounds=3):
     title, *works = row()
-    for work, seconds in rounds * list(zip(works, times := ([], []))):
+    times = [], []
+    for work, seconds in rounds * list(zip(works, times)):  # in turn: other load slows both
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)
