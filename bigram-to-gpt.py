@@ -94,7 +94,7 @@ class Config:
     block_size: int = 8  # how many characters the model can look at
     n_layer: int = 1
     n_head: int = 1
-    n_embd: int = 65
+    n_embd: int = 65  # one for each character of Tiny Shakespeare
     dropout: float = 0.0  # above 0 in the notebook only
 
 
