@@ -250,7 +250,7 @@ def train(model, train_ids, val_ids, block_size, steps, seed, title=None, max_lr
     optimizer = torch.optim.AdamW(groups, betas=(0.7, 0.99), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     eval_steps = {math.ceil(steps * part) for part in (1 / 30, 1 / 10, 1 / 3, 1)}  # on a log scale
-    curve, best_step, best_loss, best = [], 0, math.inf, model.state_dict()
+    curve, best_step, best_loss, best = [], 0, math.inf, None
     bar = tqdm(range(1, steps + 1), title, leave=False, disable=None)  # only in a terminal
     for step, (x, y) in zip(bar, batches(train_ids, block_size, 32, seed)):
         logits = model(x)  # (B, T, V)
@@ -261,7 +261,7 @@ def train(model, train_ids, val_ids, block_size, steps, seed, title=None, max_lr
         schedule.step()
         if step in eval_steps:
             val_loss = exact_loss(model, val_ids, block_size)
-            assert math.isfinite(val_loss), f"{title} has no loss at step {step}: lower its rate"
+            assert math.isfinite(val_loss), f"{title}: no loss at step {step}: try a lower max_lr"
             curve.append((step, val_loss))
             if val_loss < best_loss:
                 best_step, best_loss, best = step, val_loss, copy.deepcopy(model.state_dict())
@@ -291,7 +291,7 @@ def choose(logits, temperature=1.0, top_k=None, generator=None):
     if top_k:
         kept = logits.topk(min(top_k, logits.shape[-1]))  # (B, k): k, even if some are equal
         logits = torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)
-    logits = logits.double() - logits.amax(dim=-1, keepdim=True)  # (B, V), at most 0: no overflow
+    logits = (logits - logits.amax(dim=-1, keepdim=True)).double()  # (B, V): <= 0, no overflow
     return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
 
 
