@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
-# OpenMP's idle threads (Linux) spin 3,000 times, not 300,000: they take less time from others.
+# Idle OpenMP threads (Linux) spin 3,000 times, not 300,000, before they sleep: others get the CPU.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 WEIGHTS = Path(__file__).resolve().with_name("gpt_shakespeare.pt")  # trained in model.ipynb
-FALLBACK = WEIGHTS.with_name("assets") / "more.txt"  # by: sample --tokens 500000 --seed 1
+FALLBACK = WEIGHTS.with_name("assets") / "more.txt"  # from: sample --tokens 500000 --seed 1
 TEXT = WEIGHTS.with_name("input.txt")  # Tiny Shakespeare, downloaded when it is first needed
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -95,7 +95,7 @@ class Config:
     n_layer: int = 1
     n_head: int = 1
     n_embd: int = 65  # one for each character of Tiny Shakespeare
-    dropout: float = 0.0  # above 0 in the notebook only
+    dropout: float = 0.0  # the notebook trains with 0.2
 
 
 class CausalSelfAttention(nn.Module):
@@ -124,7 +124,7 @@ class CausalSelfAttention(nn.Module):
             future = torch.ones(T, T, dtype=torch.bool).triu(1)  # (T, T)
             weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # (B, n_head, T, T)
             out = self.dropout(weights) @ v  # (B, n_head, T, head_size)
-        else:  # faster: in one call and in float32; a single position sees all before it
+        else:  # faster: one call, in float32; with start > 0 one position, which needs no mask
             cache[..., start : start + T, :] = qkv[1:]  # (2, B, n_head, T, head_size)
             q, (k, v) = qkv[0].float(), cache[..., : start + T, :]  # (B, n_head, T or S, head_size)
             out = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0).to(x.dtype)
@@ -227,7 +227,7 @@ def exact_loss(model, ids, block_size, title=None):
 
 
 def batches(ids, block_size, batch_size, seed):
-    """Yield (B, T) inputs and targets forever. Windows do not overlap; an epoch has each once."""
+    """Yield (B, T) inputs and targets forever. Inputs do not overlap; an epoch has each once."""
     windows = ids.unfold(0, block_size + 1, block_size)  # (N, T + 1)
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -261,7 +261,7 @@ def train(model, train_ids, val_ids, block_size, steps, seed, title=None, max_lr
         schedule.step()
         if step in eval_steps:
             val_loss = exact_loss(model, val_ids, block_size)
-            assert math.isfinite(val_loss), f"{title}: no loss at step {step}: try a lower max_lr"
+            assert math.isfinite(val_loss), f"no loss at step {step} ({title}): lower max_lr"
             curve.append((step, val_loss))
             if val_loss < best_loss:
                 best_step, best_loss, best = step, val_loss, copy.deepcopy(model.state_dict())
@@ -289,7 +289,7 @@ def choose(logits, temperature=1.0, top_k=None, generator=None):
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     if top_k:
-        kept = logits.topk(min(top_k, logits.shape[-1]))  # (B, k): k, even if some are equal
+        kept = logits.topk(min(top_k, logits.shape[-1]))  # (B, k); never more, if some are equal
         logits = torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)
     logits = (logits - logits.amax(dim=-1, keepdim=True)).double()  # (B, V): <= 0, no overflow
     return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
@@ -408,7 +408,7 @@ def build(checkpoint):
     vocab, V = checkpoint["vocab"], model.config.vocab_size
     if len(vocab) != V:
         raise UserError(f"the model knows {V} characters, the text has {len(vocab)}: see --input")
-    model(torch.zeros(1, 1, dtype=torch.long))  # sizes that cannot be fail here
+    model(torch.zeros(1, 1, dtype=torch.long))  # fails here if a size is impossible, as n_head = -1
     if all(tensor.dtype == torch.float16 for tensor in weights.values()):
         model.half()
     return model.eval(), vocab, dict(checkpoint["training"])
@@ -422,8 +422,8 @@ def build_lecture(checkpoint, text):
     versions = [build(version) for version in lecture.convert(checkpoint, vocab)]
     ids, untrained = encode(text[:5000], vocab), math.log(len(vocab))
     losses = [exact_loss(model, ids, model.config.block_size) for model, *_ in versions]
-    best = 1 if losses[1] < min(0.98 * losses[0], 0.8 * untrained) else 0  # 1: clearly better
-    code, loss = ("code on GitHub", "video or notebook")[best], losses[best]
+    best = 1 if losses[1] < min(0.98 * losses[0], 0.8 * untrained) else 0  # in doubt, GitHub's
+    code, loss = ("code on GitHub", "video or Colab notebook")[best], losses[best]
     doubt = "" if loss < 0.8 * untrained else "; WARNING: another text, or a changed model?"
     print(f"weights that fit the lecture's {code}: loss {loss:.2f} on the first {len(ids):,} "
           f"characters ({untrained:.2f} if untrained){doubt}", file=sys.stderr)  # fmt: skip
@@ -465,7 +465,7 @@ def grow(args):
 
 
 def grow_rungs(config, train_ids, val_ids, counted, steps, seed):
-    """Train one model per core; print a table, return [(title, model, curve, training), ...]."""
+    """Train each model on a core; print a table, return [(title, model, curve, training), ...]."""
     row = "{:14} {:27} {:>10} {:>8} {:>8}".format
     print(row("rung", "adds", "parameters", "train", "val"))
     print(row("0 counting", "pairs counted, not trained", "", *map("{:.4f}".format, counted)))

@@ -80,7 +80,9 @@ def find_weights(checkpoint):
                 named = {str(name).removeprefix(prefix): weights[name] for name in weights}
                 return prefix, {name: named[name] for name in named if not name.endswith("tril")}
     found = ", ".join(map(str, list(max(dicts, key=len))[:3]))
-    raise ValueError(f"neither the lecture's nor as grow or the notebook's end saves it: {found}")
+    raise ValueError(
+        f"neither the lecture's weights nor a file from grow or the notebook's last cells: {found}"
+    )
 
 
 def our_parts(n_layer, n_head, ln_f):

@@ -131,12 +131,12 @@ def test_a_python_shell_streams_and_keeps_its_process_threads_and_signals(call, 
     shown.flush = Mock()
     torch.set_num_threads(3)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", Mock(side_effect=KeyboardInterrupt))
-    sample = "sample --weights one-block.pt --tokens 300"
+    sample, before = "sample --weights one-block.pt --tokens 300", signal.getsignal(signal.SIGINT)
     for line in ("grow --steps 1 --input text.txt --out shell", sample, "sample --top-k 0"):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *line.split()])
         with contextlib.suppress(KeyboardInterrupt):  # growth is stopped at its picture
             runpy.run_path(str(SCRIPT), run_name="__main__")
-        assert (torch.get_num_threads(), signal.getsignal(2)) == (3, signal.default_int_handler)
+        assert (torch.get_num_threads(), signal.getsignal(signal.SIGINT)) == (3, before)
     torch.set_num_threads(1)
     assert "5 block" in shown.getvalue()
     assert shown.flush.call_count > 300  # for each character when it is drawn

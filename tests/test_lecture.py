@@ -67,7 +67,7 @@ def test_the_code_of_the_lecture_and_its_video_are_told_apart_by_their_scale(loa
     """The video divides scores by sqrt(n_embd): its queries are sqrt(n_head) times as large."""
     weights = lecture_weights(trained)
     video = {name: (4 if "query" in name else 1) * value for name, value in weights.items()}
-    for weights, version in ((weights, "code on GitHub"), (video, "video or notebook")):
+    for weights, version in ((weights, "code on GitHub"), (video, "video or Colab notebook")):
         assert_same_logits(load(weights), trained)
         err = capsys.readouterr().err
         assert f"fit the lecture's {version}: loss 0." in err and "WARNING" not in err
@@ -97,7 +97,7 @@ def test_the_last_layer_norm_may_be_one_of_the_blocks_or_untrained_or_missing(lo
 
 
 MISFITS = {
-    "as grow or the notebook's end saves it: transformer.wte.weight":
+    "a file from grow or the notebook's last cells: transformer.wte.weight":
         lambda w: {"transformer.wte.weight": w["lm_head.bias"]},
     "an earlier stage of the lecture":
         lambda w: {n: w[n] for n in w if "blocks" not in n},
