@@ -364,13 +364,13 @@ def download_text():
 
 def read_text(path):
     """Read a UTF-8 text. Tiny Shakespeare is downloaded if it is not there yet."""
-    if path == TEXT and not path.exists():
+    if path.absolute() == TEXT and not path.exists():
         download_text()
     try:
         text = path.read_text(encoding="utf-8-sig")  # line ends of Windows become \n
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8: convert it") from None
-    if path == TEXT and hashlib.sha256(text.encode()).hexdigest() != SHA256:
+    if path.absolute() == TEXT and hashlib.sha256(text.encode()).hexdigest() != SHA256:
         print(f"{path} is not Tiny Shakespeare: delete it to download that", file=sys.stderr)
     return text
 
@@ -396,7 +396,7 @@ def load(path, text_path=TEXT):
             raise  # the problem is a text or access to a file, not what the checkpoint holds
         if "weights_only" in str(error):  # torch advises to do without
             error = "it is not what torch.save(model.state_dict(), ...) writes"
-        raise UserError(f"{path} is damaged, or another model: {error!s:.300}") from None
+        raise UserError(f"{path} is damaged, empty or another model: {error!s:.300}") from None
 
 
 def build(checkpoint):
@@ -477,7 +477,7 @@ def grow_rungs(config, train_ids, val_ids, counted, steps, seed):
     for title, (_, adds, _), model, (curve, training) in zip(titles, RUNGS, models, results):
         size = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
         losses = f"{training['train_loss']:.4f}", f"{training['val_loss']:.4f}"
-        tqdm.write(row(title, adds, size, *losses))
+        tqdm.write("\r" * sys.stdout.isatty() + row(title, adds, size, *losses))  # after a bar
         grown.append((title, model, curve, training))
     return grown
 
@@ -515,7 +515,7 @@ def sample(args):
     """Continue a prompt: print one text while it is drawn, or several, drawn as one batch."""
     model, vocab, _ = load(args.weights, args.input)
     model = model.float() if args.precision == "float32" else model
-    prompt = open(0, encoding="utf-8-sig").read() if args.prompt == "-" else args.prompt
+    prompt = open(os.dup(0), encoding="utf-8-sig").read() if args.prompt == "-" else args.prompt
     seed = torch.seed() % 2**32 if args.seed is None else args.seed
     idx = encode(prompt or vocab[0], vocab).repeat(args.samples, 1)  # (B, T), T at least 1
     options = args.temperature, args.top_k, torch.Generator().manual_seed(seed)
@@ -551,7 +551,7 @@ def evaluate(args):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         hint = "; with a dash: --option=-value" if "expected one argument" in message else ""
-        raise UserError(f"{message}{hint} (--help lists the options)")
+        raise UserError(f"{message}{hint} (ACTION --help lists the options)")
 
 
 def parse(argv):
@@ -597,7 +597,7 @@ def main(argv):
         args = parse(argv)
         args.run(args)
         return 0
-    except (UserError, OSError, UnicodeError) as error:
+    except (UserError, OSError, UnicodeError, ImportError) as error:
         closed = (errno.EPIPE, errno.EINVAL) if os.name == "nt" else (errno.EPIPE,)
         if getattr(error, "errno", 0) in closed and not error.filename:  # stdout, as by `| head`
             return 141  # 128 + 13: the status of a program that SIGPIPE ends
