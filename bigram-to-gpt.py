@@ -289,7 +289,7 @@ def choose(logits, temperature=1.0, top_k=None, generator=None):
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     if top_k:
-        kept = logits.topk(min(top_k, logits.shape[-1]))  # (B, k); never more, if some are equal
+        kept = logits.topk(min(top_k, logits.shape[-1]))  # (B, top_k), not more if some are equal
         logits = torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)
     logits = (logits - logits.amax(dim=-1, keepdim=True)).double()  # (B, V): <= 0, no overflow
     return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
