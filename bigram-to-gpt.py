@@ -408,10 +408,10 @@ def build(checkpoint):
     vocab, V = checkpoint["vocab"], model.config.vocab_size
     if len(vocab) != V:
         raise UserError(f"the model knows {V} characters, the text has {len(vocab)}: see --input")
-    model(torch.zeros(1, 1, dtype=torch.long))  # fails here if a size is impossible, as n_head = -1
+    model.eval()(torch.zeros(1, 1, dtype=torch.long))  # fails if a size is impossible (n_head -1)
     if all(tensor.dtype == torch.float16 for tensor in weights.values()):
         model.half()
-    return model.eval(), vocab, dict(checkpoint["training"])
+    return model, vocab, dict(checkpoint["training"])
 
 
 def build_lecture(checkpoint, text):
