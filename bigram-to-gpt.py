@@ -39,7 +39,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 WEIGHTS = Path(__file__).resolve().with_name("gpt_shakespeare.pt")  # trained in model.ipynb
-FALLBACK = WEIGHTS.with_name("assets") / "more.txt"  # from: sample --tokens 500000 --seed 1
+# Text of the large model: sample --tokens 500000 --seed 1 --temperature 1
+FALLBACK = WEIGHTS.with_name("assets") / "more.txt"
 TEXT = WEIGHTS.with_name("input.txt")  # Tiny Shakespeare, downloaded when it is first needed
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -102,8 +103,7 @@ class CausalSelfAttention(nn.Module):
     """Each position gathers information from itself and from the positions before it.
 
     This is the lecture's MultiHeadAttention (Vaswani et al., 2017), with one matrix for the
-    queries, keys and values of all heads. While sampling, a cache keeps keys and values. Then x is
-    the beginning of a window (start is 0), or one position with `start` positions before it.
+    queries, keys and values of all heads.
     """
 
     def __init__(self, config):
@@ -114,22 +114,16 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, start=0):  # (B, T, C)
+    def forward(self, x):  # (B, T, C)
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_size)
-        if cache is None:
-            q, k, v = qkv  # (B, n_head, T, head_size) each
-            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, n_head, T, T)
-            future = torch.ones(T, T, dtype=torch.bool).triu(1)  # (T, T)
-            weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # (B, n_head, T, T)
-            out = self.dropout(weights) @ v  # (B, n_head, T, head_size)
-        else:  # faster: one call, in float32; with start > 0 one position, which needs no mask
-            cache[..., start : start + T, :] = qkv[1:]  # (2, B, n_head, T, head_size)
-            q, (k, v) = qkv[0].float(), cache[..., : start + T, :]  # (B, n_head, T or S, head_size)
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0).to(x.dtype)
-        out = self.proj(out.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
-        return self.dropout(out) if self.training else out  # sampling is faster without the call
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_size) each
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, n_head, T, T)
+        future = torch.ones(T, T, dtype=torch.bool).triu(1)  # (T, T)
+        weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # (B, n_head, T, T)
+        out = self.dropout(weights) @ v  # (B, n_head, T, head_size)
+        out = out.transpose(1, 2).reshape(B, T, C)
+        return self.dropout(self.proj(out))
 
 
 class FeedForward(nn.Module):
@@ -142,12 +136,15 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):  # (B, T, C)
-        out = self.down(F.relu(self.up(x), inplace=True))
-        return self.dropout(out) if self.training else out
+        x = F.relu(self.up(x))  # (B, T, 4 C)
+        return self.dropout(self.down(x))  # (B, T, C)
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward. Each reads a normalized x and adds its result to x."""
+    """Attention, then feed-forward. Each reads a normalized x and adds its result to x.
+
+    generate_cached computes the same with a cache: if you change one, change the other.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -156,8 +153,8 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x, cache=None, start=0):  # (B, T, C)
-        x = x + self.attention(self.ln1(x), cache, start)  # (B, T, C)
+    def forward(self, x):  # (B, T, C)
+        x = x + self.attention(self.ln1(x))  # (B, T, C)
         return x + self.feed_forward(self.ln2(x))  # (B, T, C)
 
 
@@ -173,11 +170,11 @@ class Model(nn.Module):
         self.ln_f = final_norm(config.n_embd)  # nn.Identity ignores the size
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
 
-    def forward(self, idx, cache=None, start=0):  # (B, T)
-        positions = self.position_embedding.weight[start : start + idx.shape[1]]  # (T, C)
+    def forward(self, idx):  # (B, T)
+        positions = self.position_embedding.weight[: idx.shape[1]]  # (T, C)
         x = self.token_embedding(idx) + positions  # (B, T, C)
-        for i, block in enumerate(self.blocks):
-            x = block(x) if cache is None else block(x, cache[i], start)  # (B, T, C)
+        for block in self.blocks:
+            x = block(x)  # (B, T, C)
         return self.lm_head(self.ln_f(x))  # (B, T, V)
 
 
@@ -284,8 +281,11 @@ def generate(model, idx, block_size, max_new_tokens, generator=None):
         idx = torch.cat((idx, new), dim=1)  # (B, T + 1)
 
 
-def choose(logits, temperature=1.0, top_k=None, generator=None):
-    """Draw an id for each row of logits, (B, V) to (B, 1). Temperature 0 takes the likeliest."""
+def choose(logits, temperature=1.0, top_k=0, generator=None):
+    """Draw an id for each row of logits, (B, V) to (B, 1). Temperature 0 takes the likeliest.
+
+    With top_k, only that many of the likeliest can be drawn; 0 means no limit.
+    """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     if top_k:
@@ -296,36 +296,63 @@ def choose(logits, temperature=1.0, top_k=None, generator=None):
 
 
 @torch.inference_mode()
-def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
-    """Continue idx as generate does, but send only the newest character through the model.
+def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
+    """Continue idx as generate does, but compute only the newest position for each character.
 
-    Every attention layer keeps all keys and values. They already contain their position embeddings,
-    so they cannot be shifted: when the window is full, we start again with its last half.
-    For one character, reading the weights from memory takes longer than multiplying, and in float16
-    they are half as large. For many (a prompt, several texts) multiplying takes longer, and many
-    CPUs do that faster in float32. UserError if the logits are not finite.
+    Each block keeps the keys and values of earlier positions in a cache. They already contain their
+    position embeddings, so they cannot be shifted: when the window is full, we start again with its
+    last half. UserError if the logits are not finite.
     """
-    # A tenth of the time goes into finding and calling layers through nn.Module. So in this copy
-    # (which shares the weights) they are plain attributes, and forward() is called directly.
-    model = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()}).eval()
-    for module in model.modules():
-        vars(module).update(module.named_parameters(recurse=False))
-        for n, part in module.named_children():
-            vars(module)[n] = part.forward if isinstance(part, (nn.Linear, nn.LayerNorm)) else part
-    c, in_float32 = model.config, copy.deepcopy(model).float()
-    cache = list(torch.empty(c.n_layer, 2, len(idx), c.n_head, c.block_size, c.n_embd // c.n_head))
-    unread, start = idx[:, -c.block_size :], 0  # (B, T)
+    block_size = model.config.block_size
+    n_head = model.config.n_head
+    C = model.config.n_embd
+    head_size = C // n_head
+    layers = []  # of tensors, since it takes longer to call the modules
+    for block in model.blocks:
+        parts = [
+            block.ln1,
+            block.attention.qkv,
+            block.attention.proj,
+            block.ln2,
+            block.feed_forward.up,
+            block.feed_forward.down,
+        ]
+        tensors = [tuple(part.parameters()) for part in parts]  # a weight each, most with a bias
+        keys = torch.empty(len(idx), n_head, block_size, head_size)
+        values = torch.empty_like(keys)
+        layers.append((*tensors, keys, values))
+
+    unread = idx[:, -block_size:]  # (B, T): what is not in the cache yet
+    start = 0
     for _ in range(max_new_tokens):
-        if start == c.block_size:
-            unread, start = idx[:, -max(1, c.block_size // 2) :], 0  # (B, T / 2)
-        network = in_float32 if unread.numel() > 1 else model
-        logits = network(unread, cache, start)[:, -1]  # (B, V)
-        if not math.isfinite(logits.float().sum()):  # inf and nan survive a sum
-            raise UserError("damaged weights, or too large for float16: try --precision float32")
-        start += unread.shape[1]
+        if start == block_size:
+            unread = idx[:, -max(1, block_size // 2) :]  # (B, T / 2)
+            start = 0
+        B, T = unread.shape
+        end = start + T
+        x = model.token_embedding(unread) + model.position_embedding.weight[start:end]  # (B, T, C)
+
+        # This is Block.forward, with the cache and without dropout.
+        for ln1, qkv, proj, ln2, up, down, keys, values in layers:
+            out = F.linear(F.layer_norm(x, (C,), *ln1), *qkv)  # (B, T, 3 C)
+            q, k, v = out.view(B, T, 3, n_head, head_size).permute(2, 0, 3, 1, 4)
+            keys[:, :, start:end] = k  # (B, n_head, T, head_size)
+            values[:, :, start:end] = v
+            k = keys[:, :, :end]  # (B, n_head, S, head_size)
+            v = values[:, :, :end]
+            # A mask is needed only at the start of a window: later, T is 1.
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)
+            x = x + F.linear(out.transpose(1, 2).reshape(B, T, C), *proj)
+            out = F.relu(F.linear(F.layer_norm(x, (C,), *ln2), *up))  # (B, T, 4 C)
+            x = x + F.linear(out, *down)  # (B, T, C)
+
+        logits = model.lm_head(model.ln_f(x[:, -1]))  # (B, V)
+        if not math.isfinite(logits.sum()):  # inf and nan survive a sum
+            raise UserError("the weights are damaged: they give logits that are not finite")
+        start = end
         unread = choose(logits, temperature, top_k, generator)  # (B, 1)
         yield unread[:, 0]
-        idx = torch.cat((idx, unread), dim=1)[:, -c.block_size :]  # (B, T)
+        idx = torch.cat((idx, unread), dim=1)[:, -block_size:]  # (B, T)
 
 
 # --------------------------------------------------------------------- files: texts and checkpoints
@@ -409,8 +436,6 @@ def build(checkpoint):
     if len(vocab) != V:
         raise UserError(f"the model knows {V} characters, the text has {len(vocab)}: see --input")
     model.eval()(torch.zeros(1, 1, dtype=torch.long))  # fails if a size is impossible (n_head -1)
-    if all(tensor.dtype == torch.float16 for tensor in weights.values()):
-        model.half()
     return model, vocab, dict(checkpoint["training"])
 
 
@@ -460,7 +485,7 @@ def grow(args):
     for title, each, _, _ in grown:
         ids = generate(each, start, config.block_size, 60, torch.Generator().manual_seed(seed))
         print(f"{title:14}", decode(ids, vocab).replace("\n", "↵"))
-    ids = generate_cached(model, start, 500, generator=torch.Generator().manual_seed(seed))
+    ids = generate(model, start, config.block_size, 500, torch.Generator().manual_seed(seed))
     print(f"\n500 characters from the last model:\n\n{decode(ids, vocab)}")
 
 
@@ -514,7 +539,6 @@ def draw(path, grown, counted, name):
 def sample(args):
     """Continue a prompt: print one text while it is drawn, or several, drawn as one batch."""
     model, vocab, _ = load(args.weights, args.input)
-    model = model.float() if args.precision == "float32" else model
     prompt = open(os.dup(0), encoding="utf-8-sig").read() if args.prompt == "-" else args.prompt
     seed = torch.seed() % 2**32 if args.seed is None else args.seed
     idx = encode(prompt or vocab[0], vocab).repeat(args.samples, 1)  # (B, T), T at least 1
@@ -539,7 +563,7 @@ def evaluate(args):
     splits = [encode(part, vocab, args.input) for part in parts]
     print(f"{'loss on ' + args.input.name:24} measured  in the file  bits/char  perplexity")
     for title, key, ids in zip(("train", "validation"), ("train_loss", "val_loss"), splits):
-        loss = exact_loss(model.float(), ids, block_size, title)
+        loss = exact_loss(model, ids, block_size, title)
         stored = f"{training[key]:.4f}" if isinstance(training.get(key), float) else "nothing"
         bits, perplexity = loss / math.log(2), torch.tensor(loss).exp()  # inf is no error here
         print(f"{title:24}{loss:9.4f}{stored:>13}{bits:11.4f}{perplexity:12.4f}")
@@ -566,16 +590,15 @@ def parse(argv):
         "weights": {"type": Path, "default": WEIGHTS, "help": f"a checkpoint ({WEIGHTS.name})"},
         "prompt": {"default": "", "help": "what to continue; - reads it from stdin"},
         "tokens": {"type": int, "default": 500, "help": "how many characters (500)"},
-        "temperature": {"type": float, "default": 1.0, "help": "0 takes the likeliest (1)"},
-        "top-k": {"type": int, "help": "draw from this many of the likeliest characters"},
+        "temperature": {"type": float, "default": 0.8, "help": "0 takes the likeliest (0.8)"},
+        "top-k": {"type": int, "default": 0, "help": "draw from the TOP_K likeliest (0: from all)"},
         "samples": {"type": int, "default": 1, "help": "how many texts (1)"},
-        "precision": {"choices": ("stored", "float32"), "default": "stored", "help": "of weights"},
     }
     parser = Parser(description="Grow a bigram table into a GPT. Each action has its own --help.")
     actions = parser.add_subparsers(metavar="ACTION", required=True)
     for run, names in (
         (grow, "input steps seed out"),
-        (sample, "weights input prompt tokens temperature top-k seed samples precision"),
+        (sample, "weights input prompt tokens temperature top-k seed samples"),
         (evaluate, "weights input"),
     ):
         action = actions.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
@@ -583,7 +606,7 @@ def parse(argv):
         for name in names.split():
             action.add_argument(f"--{name}", **options[name])
     args = parser.parse_args(argv)
-    least = {"steps": 1, "tokens": 1, "samples": 1, "top_k": 1, "seed": 0, "temperature": 0}
+    least = {"steps": 1, "tokens": 1, "samples": 1, "top_k": 0, "seed": 0, "temperature": 0}
     for name, low in least.items():
         high, value = (256 if name == "samples" else 2**32), getattr(args, name, None)
         if value is not None and not low <= value <= high:  # refuses nan as well
