@@ -29,7 +29,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
-# Idle OpenMP threads (Linux) spin 3,000 times, not 300,000, before they sleep: others get the CPU.
+# A thread of torch that waits for another keeps its core busy for a while before it sleeps (on
+# Linux: for 300,000 turns of a loop). If another program needs this core, too, both can become many
+# times slower. So: 3,000 turns, set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
