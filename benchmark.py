@@ -147,8 +147,7 @@ def sampling(texts, characters):
     model, _, _ = gpt.load(gpt.WEIGHTS)
     textbook, start = TextbookGPT(model.config), torch.zeros(texts, 1, dtype=torch.long)
     theirs = partial(textbook_generate, textbook, start, characters)
-    kind = "; ours: float16" if texts == 1 else ""
-    title = f"sample {texts} × {characters} characters from the large model{kind}"
+    title = f"sample {texts} × {characters} characters from the large model"
     return title, theirs, lambda: list(gpt.generate_cached(model, start, characters))
 
 

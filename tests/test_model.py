@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import gpt, needs_text, seeded, some_text
+from conftest import gpt, seeded, some_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -116,29 +116,50 @@ def test_training_keeps_its_best_weights_and_ends_at_a_rate_of_zero(monkeypatch)
     assert [group["lr"] for group in adamw.call_args.args[0]] == [0, 0]
 
 
-@given(st.integers(1, 9), st.integers(1, 2), *2 * [st.integers(1, 3)], st.integers(1, 12))
-@settings(max_examples=40)
-@torch.no_grad()
-def test_cached_sampling_draws_what_uncached_draws(block_size, n_layer, n_head, texts, length):
-    config = gpt.Config(11, block_size, n_layer, n_head, n_embd=8 * n_head, dropout=0.5)
-    model = gpt.initialize(gpt.gpt, config, seed=0)
+def random_gpt(config, final_norm=nn.LayerNorm):
+    model = gpt.Model(config, [gpt.Block] * config.n_layer, final_norm)
+    torch.manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, 0, 0.5)
+    return model
+
+
+@given(
+    block_size=st.integers(1, 9),
+    n_layer=st.integers(1, 2),
+    n_head=st.integers(1, 3),
+    texts=st.integers(1, 3),
+    length=st.integers(1, 12),
+    final_norm=st.sampled_from([nn.LayerNorm, nn.Identity]),
+)
+@settings(max_examples=50)
+@torch.no_grad()
+def test_beyond_the_window_cached_sampling_draws_as_if_it_began_with_the_last_half(
+    block_size, n_layer, n_head, texts, length, final_norm
+):
+    config = gpt.Config(11, block_size, n_layer, n_head, n_embd=8 * n_head, dropout=0.5)
+    model = random_gpt(config, final_norm)
     idx = torch.randint(11, (texts, length), generator=seeded(1))
     cached = list(gpt.generate_cached(model, idx, 25, 0.9, 5, seeded(2)))
     assert len(cached) == 25 and model.training  # as before
-    start = idx[:, :1]  # within the window, plain sampling draws the same
-    plain = list(gpt.generate(model, start, block_size, block_size, seeded(3)))
-    same = list(gpt.generate_cached(model.train(), start, block_size, generator=seeded(3)))
-    assert torch.equal(torch.stack(plain), torch.stack(same))
     model.eval()
-    window, generator = idx[:, -block_size:], seeded(2)
+    window = idx[:, -block_size:]
+    generator = seeded(2)
     for ids in cached:
-        if window.shape[1] > block_size:  # it starts again with its last half
+        if window.shape[1] > block_size:  # it is full: start again with its last half
             window = window[:, -max(1, block_size // 2) :]
         drawn = gpt.choose(model(window)[:, -1], 0.9, 5, generator)
         assert torch.equal(ids, drawn[:, 0])
         window = torch.cat((window, drawn), dim=1)
+
+
+@pytest.mark.parametrize("n_layer", [1, 3])
+def test_within_a_window_cached_sampling_draws_what_plain_sampling_draws(n_layer):
+    model = random_gpt(gpt.Config(11, 40, n_layer, n_head=2, n_embd=16, dropout=0.5))
+    idx = torch.randint(11, (3, 5), generator=seeded(1))
+    cached = list(gpt.generate_cached(model, idx, 36, generator=seeded(2)))
+    plain = list(gpt.generate(model, idx, 40, 36, seeded(2)))
+    assert torch.equal(torch.stack(cached), torch.stack(plain))
 
 
 def test_top_k_keeps_the_likeliest_and_temperature_divides_the_logits():
@@ -150,21 +171,3 @@ def test_top_k_keeps_the_likeliest_and_temperature_divides_the_logits():
     for temperature in (0, 1e-320):
         assert set(gpt.choose(logits, temperature).flatten().tolist()) == {3}
     assert set(gpt.choose(logits, 1e9, 99, seeded(0)).flatten().tolist()) == {0, 1, 2, 3}
-
-
-@needs_text
-@pytest.mark.parametrize("windows", [1, pytest.param(40, marks=pytest.mark.long)])
-def test_float16_costs_less_than_0_002_nats_per_character(monkeypatch, windows):
-    """On a part of the validation split. The prompt is read in float32, all after it in float16."""
-    model, vocab, _ = gpt.load(gpt.WEIGHTS)
-    ids = gpt.encode(gpt.split(gpt.read_text(gpt.TEXT), 256)[1][: windows * 256 + 1], vocab)
-    logits = []
-    for window in ids.unfold(0, 257, 256):  # its own characters take the place of drawn ones
-        monkeypatch.setattr(gpt, "choose", choose := Mock(side_effect=window[2:, None, None]))
-        list(gpt.generate_cached(model, window[None, :2], 255))
-        logits += [call.args[0] for call in choose.call_args_list]
-    assert [each.dtype for each in logits[:255]] == [torch.float32] + 254 * [torch.float16]
-    targets = ids[1:].view(-1, 256)[:, 1:].flatten()
-    loss = F.cross_entropy(torch.cat(logits).float(), targets).item()
-    exact = model.float()(ids[:-1].view(-1, 256))[:, 1:].flatten(0, 1)
-    assert loss == pytest.approx(F.cross_entropy(exact, targets).item(), abs=0.002)

@@ -192,7 +192,7 @@ def test_a_stopped_run_saves_its_best_weights_and_their_exact_losses(train, tmp_
     assert (tmp_path / "kept/checkpoint.pt").exists()
     model, _, training = gpt.load(tmp_path / "weights.pt")
     splits = run.train_ids.cpu(), run.val_ids.cpu()
-    losses = [gpt.exact_loss(model.float(), ids, 16) for ids in splits]
+    losses = [gpt.exact_loss(model, ids, 16) for ids in splits]
     assert [training["train_loss"], training["val_loss"]] == pytest.approx(losses, abs=1e-5)
     curve = dict(run.curve)
     assert curve[training["step"]] == min(curve.values()) == pytest.approx(losses[1], abs=1e-3)
@@ -261,6 +261,7 @@ def test_a_gpu_that_cannot_compute_is_not_used(monkeypatch, capsys):
 def test_the_shipped_weights_are_those_of_the_committed_run_with_the_settings_of_a_gpu():
     model, _, training = gpt.load(gpt.WEIGHTS)
     assert sum(parameter.numel() for parameter in model.parameters()) == 10_788_929
+    assert model.lm_head.weight.dtype == torch.float32  # float16 in the file
     assert [cell.execution_count for cell in CELLS] == list(range(1, len(CELLS) + 1))
     outputs = [output for cell in CELLS for output in cell.outputs]
     printed = "".join(output.get("text", "") for output in outputs)
@@ -282,6 +283,6 @@ def test_the_shipped_weights_have_the_loss_that_they_claim():
     torch.set_num_threads(cores)
     model, vocab, training = gpt.load(gpt.WEIGHTS)
     _, val_text = gpt.split(gpt.read_text(gpt.TEXT), model.config.block_size)
-    loss = gpt.exact_loss(model.float(), gpt.encode(val_text, vocab), model.config.block_size)
+    loss = gpt.exact_loss(model, gpt.encode(val_text, vocab), model.config.block_size)
     torch.set_num_threads(1)
     assert loss == pytest.approx(training["val_loss"], abs=1e-4)
