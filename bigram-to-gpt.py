@@ -29,9 +29,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
-# A thread of torch that waits for another keeps its core busy for a while before it sleeps (on
-# Linux: for 300,000 turns of a loop). If another program needs this core, too, both can become many
-# times slower. So: 3,000 turns, set before torch is imported.
+# On Linux, a thread of torch that waits for others keeps its core busy for 300,000 turns of a loop
+# before it sleeps. If another program needs this core, too, both can become many times slower.
+# 3,000 turns are enough. The setting only works before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
@@ -124,8 +124,8 @@ class CausalSelfAttention(nn.Module):
         future = torch.ones(T, T, dtype=torch.bool).triu(1)  # (T, T)
         weights = scores.masked_fill(future, -math.inf).softmax(dim=-1)  # (B, n_head, T, T)
         out = self.dropout(weights) @ v  # (B, n_head, T, head_size)
-        out = out.transpose(1, 2).reshape(B, T, C)
-        return self.dropout(self.proj(out))
+        out = out.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
+        return self.dropout(self.proj(out))  # (B, T, C)
 
 
 class FeedForward(nn.Module):
@@ -138,8 +138,8 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):  # (B, T, C)
-        x = F.relu(self.up(x))  # (B, T, 4 C)
-        return self.dropout(self.down(x))  # (B, T, C)
+        out = F.relu(self.up(x))  # (B, T, 4 C)
+        return self.dropout(self.down(out))  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -284,7 +284,7 @@ def generate(model, idx, block_size, max_new_tokens, generator=None):
 
 
 def choose(logits, temperature=1.0, top_k=0, generator=None):
-    """Draw an id for each row of logits, (B, V) to (B, 1). Temperature 0 takes the likeliest.
+    """Draw an id for each row of logits: (B, V) in, (B, 1) out. Temperature 0 takes the likeliest.
 
     With top_k, only that many of the likeliest can be drawn; 0 means no limit.
     """
@@ -299,7 +299,7 @@ def choose(logits, temperature=1.0, top_k=0, generator=None):
 
 @torch.inference_mode()
 def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
-    """Continue idx as generate does, but compute only the newest position for each character.
+    """Continue idx, (B, T), as generate does, but compute only the newest position. For a GPT.
 
     Each block keeps the keys and values of earlier positions in a cache. They already contain their
     position embeddings, so they cannot be shifted: when the window is full, we start again with its
@@ -309,7 +309,7 @@ def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=0, genera
     n_head = model.config.n_head
     C = model.config.n_embd
     head_size = C // n_head
-    layers = []  # of tensors, since it takes longer to call the modules
+    layers = []  # the tensors of each block: using them is faster than calling its modules
     for block in model.blocks:
         parts = [
             block.ln1,
@@ -319,16 +319,16 @@ def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=0, genera
             block.feed_forward.up,
             block.feed_forward.down,
         ]
-        tensors = [tuple(part.parameters()) for part in parts]  # a weight each, most with a bias
+        tensors = [tuple(part.parameters()) for part in parts]  # (weight, bias); qkv has no bias
         keys = torch.empty(len(idx), n_head, block_size, head_size)
         values = torch.empty_like(keys)
         layers.append((*tensors, keys, values))
 
     unread = idx[:, -block_size:]  # (B, T): what is not in the cache yet
-    start = 0
+    start = 0  # the position of its first character
     for _ in range(max_new_tokens):
         if start == block_size:
-            unread = idx[:, -max(1, block_size // 2) :]  # (B, T / 2)
+            unread = idx[:, -max(1, block_size // 2) :]  # (B, T)
             start = 0
         B, T = unread.shape
         end = start + T
@@ -336,16 +336,20 @@ def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=0, genera
 
         # This is Block.forward, with the cache and without dropout.
         for ln1, qkv, proj, ln2, up, down, keys, values in layers:
-            out = F.linear(F.layer_norm(x, (C,), *ln1), *qkv)  # (B, T, 3 C)
-            q, k, v = out.view(B, T, 3, n_head, head_size).permute(2, 0, 3, 1, 4)
-            keys[:, :, start:end] = k  # (B, n_head, T, head_size)
+            out = F.layer_norm(x, (C,), *ln1)
+            out = F.linear(out, *qkv).view(B, T, 3, n_head, head_size)
+            q, k, v = out.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_size) each
+            keys[:, :, start:end] = k
             values[:, :, start:end] = v
             k = keys[:, :, :end]  # (B, n_head, S, head_size)
-            v = values[:, :, :end]
-            # A mask is needed only at the start of a window: later, T is 1.
+            v = values[:, :, :end]  # (B, n_head, S, head_size)
+            # Only at the start of a window is T more than 1, so that the future must be masked.
             out = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)
-            x = x + F.linear(out.transpose(1, 2).reshape(B, T, C), *proj)
-            out = F.relu(F.linear(F.layer_norm(x, (C,), *ln2), *up))  # (B, T, 4 C)
+            out = out.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
+            x = x + F.linear(out, *proj)  # (B, T, C)
+
+            out = F.layer_norm(x, (C,), *ln2)
+            out = F.relu(F.linear(out, *up))  # (B, T, 4 C)
             x = x + F.linear(out, *down)  # (B, T, C)
 
         logits = model.lm_head(model.ln_f(x[:, -1]))  # (B, V)
@@ -354,7 +358,7 @@ def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=0, genera
         start = end
         unread = choose(logits, temperature, top_k, generator)  # (B, 1)
         yield unread[:, 0]
-        idx = torch.cat((idx, unread), dim=1)[:, -block_size:]  # (B, T)
+        idx = torch.cat((idx, unread), dim=1)[:, -block_size:]  # (B, N)
 
 
 # --------------------------------------------------------------------- files: texts and checkpoints
