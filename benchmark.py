@@ -8,10 +8,10 @@ four minutes on two cores. There the table was:
 Medians of 3 rounds. Intel(R) Xeon(R) Processor, 2 threads; Linux, Python 3.11.7, torch 2.13.0+cpu
 
 work                                                                     textbook    ours  ratio
-train the one-block GPT: 3,000 iterations and evaluations                  19.5 s  12.5 s   1.57
-sample 1 × 500 characters from the large model; ours: float16                20 s  1.48 s   13.5
-sample 64 × 64 characters from the large model                               18 s   1.2 s   15.1
-train the large model: 1 × 32 × 256, cpu, 2 cores; ours: bfloat16, Muon    5.38 s  2.01 s   2.68
+train the one-block GPT: 3,000 iterations and evaluations                  16.7 s  9.89 s   1.69
+sample 1 × 500 characters from the large model                             18.1 s  1.08 s   16.7
+sample 64 × 64 characters from the large model                             16.1 s  1.06 s   15.3
+train the large model: 1 × 32 × 256, cpu, 2 cores; ours: bfloat16, Muon    5.22 s  1.94 s    2.7
 
 The last row's sizes are iterations × sequences × characters. On an NVIDIA H200 (torch 2.11),
 20 × 64 × 256 took 1.08 s and 0.13 s, a ratio of 8.25.
