@@ -30,14 +30,33 @@ EARLIER = {"token_embedding_table", "position_embedding_table", "sa_head", "sa_h
 EARLIER |= {"ln_f", "lm_head"}
 
 
-def convert(checkpoint, vocab):
-    """Two checkpoints, as dicts: one for the lecture's code on GitHub, one for its video.
+def convert(checkpoint, text, loss_of):
+    """A checkpoint of ours, as a dict, and a line that says how well it fits the text.
 
     The code on GitHub divides attention scores by the root of head_size, as we do. The video and
     its Colab notebook divide them by the root of n_embd, which is larger by the root of n_head.
-    So their queries have to be divided by the root of n_head. ValueError if this is not a
-    state_dict of the lecture's last model, or a dict that holds one.
+    So their queries have to be divided by the root of n_head. loss_of(checkpoint, text) shows which
+    of the two it is. ValueError if this is not a state_dict of the lecture's last model, or a dict
+    that holds one.
     """
+    github = for_github(checkpoint, "".join(sorted(set(text))))
+    video = for_video(github)
+    text = text[:5000]
+    github_loss = loss_of(github, text)
+    video_loss = loss_of(video, text)
+    untrained = math.log(len(github["vocab"]))
+    chosen, version, loss = github, "code on GitHub", github_loss
+    if video_loss < min(0.98 * github_loss, 0.8 * untrained):
+        chosen, version, loss = video, "video or Colab notebook", video_loss
+    line = f"weights that fit the lecture's {version}: loss {loss:.2f} on the first "
+    line += f"{len(text):,} characters ({untrained:.2f} if untrained)"
+    if loss >= 0.8 * untrained:
+        line += "; WARNING: another text, or a changed model?"
+    return chosen, line
+
+
+def for_github(checkpoint, vocab):
+    """A checkpoint of ours that computes what the code on GitHub does with these weights."""
     prefix, theirs = find_weights(checkpoint)
     n_layer = len({name.split(".")[1] for name in theirs if name.startswith("blocks.")})
     if f"blocks.{n_layer - 1}.weight" in theirs:  # a stage in which ln_f was the last of the blocks
@@ -55,13 +74,21 @@ def convert(checkpoint, vocab):
     (V, C), T = ours["token_embedding.weight"].shape, len(ours["position_embedding.weight"])
     if len(ours["blocks.0.attention.qkv.weight"]) != 3 * C:
         raise ValueError(f"n_head ({len(heads)}) times the size of a head is not n_embd ({C})")
+    if len(vocab) != V:
+        raise ValueError(f"the model knows {V} characters, the text has {len(vocab)}: see --input")
     config = dict(vocab_size=V, block_size=T, n_layer=n_layer, n_head=len(heads), n_embd=C)
-    video = dict(ours)
-    for n in range(n_layer):
-        query, key_and_value = ours[f"blocks.{n}.attention.qkv.weight"].split((C, 2 * C))
-        scaled = torch.cat((query / math.sqrt(len(heads)), key_and_value))  # (3 C, C)
-        video[f"blocks.{n}.attention.qkv.weight"] = scaled
-    return [dict(config=config, vocab=vocab, model=w, training={}) for w in (ours, video)]
+    return dict(config=config, vocab=vocab, model=ours, training={})
+
+
+def for_video(github):
+    """The same for the video's code: a copy with smaller queries."""
+    weights = dict(github["model"])
+    C = github["config"]["n_embd"]
+    for n in range(github["config"]["n_layer"]):
+        query, key_and_value = weights[f"blocks.{n}.attention.qkv.weight"].split((C, 2 * C))
+        query = query / math.sqrt(github["config"]["n_head"])
+        weights[f"blocks.{n}.attention.qkv.weight"] = torch.cat((query, key_and_value))  # (3 C, C)
+    return github | {"model": weights}
 
 
 def find_weights(checkpoint):
