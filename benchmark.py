@@ -135,12 +135,13 @@ def textbook_generate(model, idx, max_new_tokens):
 
 def growth(steps=3000, eval_iters=200):
     text = gpt.read_text(gpt.TEXT)
-    config = gpt.Config(len(vocab := gpt.vocabulary(text)))
-    splits = [gpt.encode(part, vocab) for part in gpt.split(text, config.block_size)]
+    vocab = gpt.vocabulary(text)
+    config = gpt.Config(len(vocab))
+    splits = gpt.split(gpt.encode(text, vocab), config.block_size)
     theirs = partial(textbook_training, config, splits, steps, eval_iters)
     model = gpt.initialize(gpt.gpt, config, seed=1)
     title = f"train the one-block GPT: {steps:,} iterations and evaluations"
-    return title, theirs, partial(gpt.train, model, *splits, config.block_size, steps, seed=1)
+    return title, theirs, partial(gpt.train, model, *splits, steps, seed=1)
 
 
 def sampling(texts, characters):

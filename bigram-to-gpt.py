@@ -550,7 +550,7 @@ def sample(args):
     model, vocab, _ = load(args.weights, args.input)
     prompt = args.prompt
     if prompt == "-":
-        sys.stdin.reconfigure(encoding="utf-8-sig")
+        sys.stdin.reconfigure(encoding="utf-8-sig", newline=None)  # with any line ends
         prompt = sys.stdin.read()
     seed = torch.seed() % 2**32 if args.seed is None else args.seed
     generator = torch.Generator().manual_seed(seed)

@@ -69,6 +69,25 @@ def test_the_same_seed_grows_the_same_models_and_prints_utf_8_though_ascii_is_se
     assert (tmp_path / "growth.png").read_bytes() == (folder / "growth.png").read_bytes()
 
 
+def test_a_rung_that_people_insert_is_grown_and_changes_no_other(grown, tmp_path):
+    folder, first = grown
+    last = '    ("block",'
+    inserted = (
+        '    ("twice", "positions talk twice", lambda c: Model(c, 2 * [CausalSelfAttention])),\n'
+    )
+    script = SCRIPT.read_text(encoding="utf-8")
+    assert script.count(last) == 1
+    (tmp_path / "grow.py").write_text(script.replace(last, inserted + last), encoding="utf-8")
+    options = "--input", folder / "text.txt", "--steps", 40, "--seed", 5
+    result = run(tmp_path / "grow.py", *options, command=[sys.executable], cwd=tmp_path)
+    rows = result.stdout.decode().splitlines()
+    before = first.stdout.decode().splitlines()
+    assert rows[:8] == before[:8]  # up to rung 4
+    assert rows[8].startswith("5 twice        positions talk twice")
+    assert rows[9] == before[8].replace("5 block", "6 block")
+    assert (tmp_path / "one-block.pt").read_bytes() == (folder / "one-block.pt").read_bytes()
+
+
 def test_evaluate_confirms_what_the_file_claims_and_ends_without_a_warning(grown):
     as_on_macos = """import multiprocessing, runpy, sys; multiprocessing.set_start_method("spawn")
 sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")"""
@@ -76,10 +95,10 @@ sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name="__main__")"""
     result = run(SCRIPT, "evaluate", *options, command=(sys.executable, "-c", as_on_macos))
     assert (result.returncode, result.stderr) == (0, b"")
     rows = result.stdout.decode().splitlines()[1:]
-    for row, part in zip(rows, ("train", "validation"), strict=True):
-        loss, claimed, bits, perplexity = map(float, row.removeprefix(part).split())
+    for row, part in zip(rows, ("train", "val"), strict=True):
+        loss, claimed, bits = map(float, row.removeprefix(part).split())
         assert loss == pytest.approx(claimed, abs=2e-4)
-        assert [2**bits, math.exp(loss)] == pytest.approx(2 * [perplexity], rel=1e-4)
+        assert 2**bits == pytest.approx(math.exp(loss), rel=1e-3)
 
 
 def test_sample_continues_the_prompt_by_as_many_characters_as_asked(call):
@@ -87,9 +106,9 @@ def test_sample_continues_the_prompt_by_as_many_characters_as_asked(call):
         options = "sample", "--prompt", prompt, "--tokens", 30, "--seed", 3
         status, out, err = call(*options)
         assert status == 0 and out.startswith(prompt) and len(out) == len(prompt) + 30
-        assert re.fullmatch(r"[\d,]+ characters per second, seed 3\n", err)
+        assert re.fullmatch(r"\n[\d,]+ characters per second, seed 3\n", err)
         assert call(*options)[1] == out != call(*options[:-1], 4)[1]
-        assert call(*options, "--temperature", 0.8, "--top-k", 0)[1] == out  # the defaults
+        assert call(*options, "--temperature", 0.8, "--top_k", 0)[1] == out  # the defaults
     assert call("sample", "--temperature", 0)[1] == call("sample", "--top-k", 1)[1]
     assert call("sample")[1] != call("sample")[1]  # another seed each time
     texts = call("sample", "--samples", 2, "--tokens", 9, "--prompt", "far", "--seed", 3)[1]
@@ -140,7 +159,7 @@ def test_a_python_shell_streams_and_keeps_its_process_threads_and_signals(call, 
     torch.set_num_threads(1)
     assert "5 block" in shown.getvalue()
     assert shown.flush.call_count > 300  # for each character when it is drawn
-    assert "error: --tokens 0" in capfd.readouterr().err
+    assert "error: argument --tokens: must be" in capfd.readouterr().err
 
 
 def test_without_network_it_grows_on_what_the_large_model_wrote(call, monkeypatch, tmp_path):
@@ -156,25 +175,27 @@ def test_without_network_it_grows_on_what_the_large_model_wrote(call, monkeypatc
 
 def test_a_folder_that_cannot_be_written_to_is_found_before_training(call, monkeypatch):
     monkeypatch.setattr(Path, "touch", Mock(side_effect=PermissionError(13, "not permitted")))
-    monkeypatch.setattr(gpt, "grow_rungs", None)
+    monkeypatch.setattr(gpt, "counted_bigram", None)
     status, out, err = call("--input", "text.txt")
     assert (status, out) == (2, "") and "not permitted" in err
 
 
 MISTAKES = {
     "sample --prompt Chloé": "the prompt has 'Clé', but the model knows only '",
-    "sample --tokens 0": "--tokens 0: it must be from 1 to",
-    "sample --temperature nan": "--temperature nan: it must be from 0 to",
-    "sample --seed 18446744073709551616": "it must be from 0 to 4,294,967,296",
-    "sample --prompt -x": "argument --prompt: expected one argument; with a dash: --option=-value",
+    "sample --tokens 0": "argument --tokens: must be from 1 to 4,294,967,296, not 0 (ACTION --help",
+    "sample --tokens x": "argument --tokens: invalid number value: 'x'",
+    "sample --temperature nan": "argument --temperature: must be from 0 to 100, not nan",
+    "sample --temperature 0.009": "--temperature must be 0, or at least 0.01",
+    "sample --prompt -x": "argument --prompt: expected one argument",
     "grow --tokens 5": "unrecognized arguments: --tokens 5 (ACTION --help lists",
-    "sample --weights none.pt": "no file none.pt: check its name, or grow a model first",
-    "sample --weights cut.pt": "cut.pt is damaged, empty or another model: ",
-    "sample --weights path.pt": "it is not what torch.save(model.state_dict(), ...) writes",
-    "sample --weights vocab.pt": "error: the model knows 24 characters, the text has 3",
+    "sample --weights none.pt": "No such file or directory: 'none.pt'",
+    "sample --weights cut.pt": "cut.pt is damaged, or not by torch.save(model.state_dict(), ...)",
+    "sample --weights path.pt": "path.pt is damaged, or not by torch.save(",
+    "sample --weights shape.pt": "shape.pt has another model, or is damaged: Error(s) in loading",
     "sample --weights nan.pt": "the weights are damaged: they give logits that are not finite",
     "--input none.txt": "No such file or directory: 'none.txt'",
     "--input short.txt": "short.txt has 80 characters, too few: it needs 81 or more",
+    "--input many.txt": "many.txt has 10,001 distinct characters, more than 10,000",
     "--input latin-1.txt": "latin-1.txt is not UTF-8: convert it",
     "evaluate --input digits.txt": "digits.txt has '012346789', but the model knows only '",
 }
@@ -187,7 +208,9 @@ def bad_files(grown):
     for name, content in {
         "short.txt": b"a" * 80, "latin-1.txt": b"caf\xe9" * 99, "digits.txt": b"0123456789" * 20,
         "cut.pt": (folder / "one-block.pt").read_bytes()[:-1],
-        "vocab.pt": {"vocab": "abc"}, "path.pt": {"training": {"text": Path("my-book.txt")}},
+        "many.txt": "".join(map(chr, range(0x10000, 0x10000 + 10_001))).encode(),
+        "shape.pt": {"config": good["config"] | {"n_embd": 66}},
+        "path.pt": {"training": {"text": Path("my-book.txt")}},
         "nan.pt": {"model": {name: math.nan * value for name, value in good["model"].items()}},
     }.items():  # fmt: skip
         if isinstance(content, bytes):
@@ -206,63 +229,31 @@ def test_a_mistake_gets_one_line_that_says_what_is_wrong(call, bad_files, line, 
     assert {path: path.stat().st_mtime_ns for path in bad_files.iterdir()} == before
 
 
-def test_the_whole_text_is_fetched_once_or_nothing_is_kept(tmp_path, monkeypatch, capsys):
+def test_the_whole_text_is_fetched_once_or_nothing_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(gpt, "TEXT", path := tmp_path / "input.txt")
     monkeypatch.setattr(gpt, "SHA256", hashlib.sha256(b"the text").hexdigest())
-    for result, kind, message in (
-        (io.BytesIO(b"the t"), gpt.UserError, "sent something other .* as .*input.txt"),
-        (OSError("timed out"), ConnectionError, "cannot download https://raw.* as .*input.txt"),
-        (OSError("CERTIFICATE_VERIFY_FAILED"), ConnectionError, "'Install Certificates.command'"),
+    for result, message in (
+        (
+            io.BytesIO(b"the t"),
+            "cannot download https://raw.*another text arrived.* as .*input.txt",
+        ),
+        (OSError("timed out"), "cannot download https://raw.*timed out.* as .*input.txt"),
+        (OSError("CERTIFICATE_VERIFY_FAILED"), "'Install Certificates.command'"),
     ):
         monkeypatch.setattr(gpt, "urlopen", Mock(side_effect=[result]))
-        with pytest.raises(kind, match=message):
+        with pytest.raises(ConnectionError, match=message):
             gpt.read_text(path)
         assert not list(tmp_path.iterdir())
     monkeypatch.setattr(gpt, "urlopen", Mock(side_effect=[io.BytesIO(b"the text")]))
     assert gpt.read_text(path) == gpt.read_text(path) == "the text"  # then it is there
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the text"]
-    for content, notices in ((b"\xef\xbb\xbfthe text", 0), (b"my text", 1)):
-        path.write_bytes(content)
-        assert gpt.read_text(path) == content.decode("utf-8-sig")
-        assert capsys.readouterr().err.count("is not Tiny Shakespeare") == notices
+    path.write_bytes(b"\xef\xbb\xbfmy text")
+    assert gpt.read_text(path) == "my text"
 
 
 def test_a_full_disk_loses_no_earlier_file_and_leaves_no_other(call, tmp_path, monkeypatch):
     (tmp_path / "one-block.pt").write_bytes(b"earlier")
     monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(28, "No space left on device")))
     status, _, err = call("--input", "text.txt", "--steps", 1, "--out", tmp_path)
-    assert status == 2 and "No space left" in err and "one-block.pt" in err
+    assert status == 2 and "No space left" in err
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"earlier"]
-
-
-def test_if_a_file_cannot_be_replaced_the_error_says_where_the_new_one_is(tmp_path):
-    (path := tmp_path / "one-block.pt").mkdir()  # as if Windows refused it, since it is open
-    with pytest.raises(gpt.UserError, match="cannot replace .*one-block.pt ") as error:
-        gpt.write_file(path, b"the new content")
-    assert Path(str(error.value).split("the new one is ")[1]).read_bytes() == b"the new content"
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-def test_a_damaged_checkpoint_is_sampled_from_or_refused_in_one_line(tmp_path, capsys):
-    sizes = dict(vocab_size=13, block_size=8, n_layer=1, n_head=2, n_embd=8)
-    model = gpt.initialize(gpt.gpt, gpt.Config(**sizes), 0).state_dict()
-    good = {"config": sizes, "vocab": "\n !abcdefgé€😀", "model": model, "training": {}}
-    values = [None, 0, -1, 7, 3.5, 1 << 63, math.nan, "", "x", [], {}, 1j, torch.ones(3)]
-    (tmp_path / "text.txt").write_text(20 * good["vocab"], encoding="utf-8")
-    options, statuses = ["--weights", f"{tmp_path}/odd.pt", "--input", f"{tmp_path}/text.txt"], []
-    command = ["sample", *options, "--tokens", "9", "--seed", "1"]
-    for part in (good, sizes, model):
-        for name, t in list(part.items()):
-            odd = [t * math.nan, t * 1e30, t[:1], t.to_sparse()] if part is model else values
-            for part[name] in odd:  # puts each odd value in its place, in turn
-                torch.save(good, tmp_path / "odd.pt")
-                statuses.append(gpt.main(command))
-                out, err = capsys.readouterr()
-                # Some weights show only at a later position that they are not finite.
-                refused = err.startswith("error: ") and (not out or "damaged" in err)
-                assert refused if statuses[-1] == 2 else len(out) == 9, (name, part[name])
-                assert err.count("\n") == 1, (name, part[name])
-                result = gpt.main(["evaluate", *options]), capsys.readouterr().out.count("\n")
-                assert result in ((0, 3), (2, 0)), (name, part[name])
-            part[name] = t
-    assert set(statuses) == {0, 2} and len(statuses) > 150

@@ -75,10 +75,10 @@ def test_notebook_and_script_have_the_same_logits_losses_and_samples(train, monk
     assert (run.URL, run.SHA256) == (gpt.URL, gpt.SHA256)
     run.block_size, run.vocab = T, "".join(map(chr, range(97, 97 + V)))
     ids = torch.randint(V, (701,))
-    expected = gpt.exact_loss(ours, ids, T)
+    expected = gpt.exact_loss(ours, ids)
     assert run.exact_loss(theirs.train(), ids) == pytest.approx(expected, abs=1e-5)
     torch.testing.assert_close(theirs(ids[None, :T]), ours(ids[None, :T]), atol=1e-4, rtol=0)
-    drawn = gpt.generate(ours, torch.zeros(1, 1).long(), T, 30, seeded(1))
+    drawn = gpt.generate(ours, torch.zeros(1, 1).long(), 30, seeded(1))
     assert run.write(theirs.train(), "", 30) == "a" + gpt.decode(drawn, run.vocab)
     monkeypatch.setattr(F, "dropout", spy := Mock(side_effect=lambda x, *_: x))
     torch.testing.assert_close(theirs.train()(ids[None, :T]), theirs.eval()(ids[None, :T]))
@@ -144,7 +144,7 @@ def test_the_notebook_runs_in_jupyter_and_so_does_the_script(tiny, monkeypatch):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     printed = "".join(output.get("text", "") for output in outputs)
     assert printed.endswith("on\n") and re.search(r"the rest takes about \d+\.\d minutes", printed)
-    [line] = "".join(o.text for o in outputs if o.get("name") == "stderr").splitlines()
+    _, line, _ = "".join(o.text for o in outputs if o.get("name") == "stderr").split("\n")
     assert "characters per second" in line  # of the script, and no warnings
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
 
@@ -192,7 +192,7 @@ def test_a_stopped_run_saves_its_best_weights_and_their_exact_losses(train, tmp_
     assert (tmp_path / "kept/checkpoint.pt").exists()
     model, _, training = gpt.load(tmp_path / "weights.pt")
     splits = run.train_ids.cpu(), run.val_ids.cpu()
-    losses = [gpt.exact_loss(model, ids, 16) for ids in splits]
+    losses = [gpt.exact_loss(model, ids) for ids in splits]
     assert [training["train_loss"], training["val_loss"]] == pytest.approx(losses, abs=1e-5)
     curve = dict(run.curve)
     assert curve[training["step"]] == min(curve.values()) == pytest.approx(losses[1], abs=1e-3)
@@ -283,6 +283,6 @@ def test_the_shipped_weights_have_the_loss_that_they_claim():
     torch.set_num_threads(cores)
     model, vocab, training = gpt.load(gpt.WEIGHTS)
     _, val_text = gpt.split(gpt.read_text(gpt.TEXT), model.config.block_size)
-    loss = gpt.exact_loss(model, gpt.encode(val_text, vocab), model.config.block_size)
+    loss = gpt.exact_loss(model, gpt.encode(val_text, vocab))
     torch.set_num_threads(1)
     assert loss == pytest.approx(training["val_loss"], abs=1e-4)
