@@ -1,36 +1,37 @@
 """Grow a bigram table into a GPT, one idea at a time, on a CPU.
 
     python bigram-to-gpt.py             train five models; save the last one and a plot
-    python bigram-to-gpt.py sample      let a trained model write
-    python bigram-to-gpt.py evaluate    measure a trained model's loss on a text
+    python bigram-to-gpt.py sample      let the large model write, or --weights one-block.pt
+    python bigram-to-gpt.py evaluate    measure the loss of such a model on a text
 
 For people who have just watched Andrej Karpathy's lecture "Let's build GPT: from scratch, in code,
 spelled out". Losses are in nats per character: the mean of -ln(probability that the model gave to
 the character that really came). Comments at the ends of lines give shapes:
 
-    B   sequences in a batch                    C   channels of a position (n_embd)
-    T   positions in a sequence                 V   characters in the vocabulary
-    S   positions that attention can look at    N   any number
+    B  sequences in a batch             T  positions in a sequence      C  channels (n_embd)
+    V  characters in the vocabulary     S  positions to attend to       N  any number
 """
 
 import argparse
-import copy
 import errno
 import hashlib
+import io
 import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import cycle
+from itertools import cycle, repeat
 from pathlib import Path
 from urllib.request import urlopen
 
-# On Linux, a thread of torch that waits keeps its core busy for 300,000 turns of a loop. If other
-# programs need this core, all become much slower. 3,000 turns are enough, if set before the import.
+# Before torch is imported: on Linux, a thread of torch that waits must sleep after 3,000 turns of a
+# loop, not after 300,000. Otherwise it takes a core from other programs, and all are much slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
@@ -42,14 +43,14 @@ from tqdm import tqdm
 # The numbers of training. The sizes of the models are in Config, below.
 BATCH_SIZE = 32
 STEPS = 3000
-LEARNING_RATE = 5e-3  # of the first step: it falls to zero
-HEAD_FACTOR = 5  # lm_head learns better at a higher rate than the rest
-BETAS = (0.7, 0.99)  # 0.7 averages the gradients of about 3 steps, the usual 0.9 of about 10
-EVAL_PARTS = (1 / 30, 1 / 10, 1 / 3, 1)  # of all steps: evenly spaced on a logarithmic axis
+LEARNING_RATE = 5e-3  # at the start: it falls to zero in a straight line
+HEAD_FACTOR = 5  # lm_head, the last layer, learns better at a rate that is so many times higher
+BETAS = (0.7, 0.99)  # of AdamW: 0.7 averages gradients over some 3 steps, the usual 0.9 over 10
+EVAL_AT = (1 / 30, 1 / 10, 1 / 3, 1)  # of all steps: with 3000, after 100, 300, 1000 and 3000
 SEED = 1337
 
 HERE = Path(__file__).resolve().parent
-WEIGHTS = HERE / "gpt_shakespeare.pt"  # trained in model.ipynb
+WEIGHTS = HERE / "gpt_shakespeare.pt"  # the large model, trained in model.ipynb
 TEXT = HERE / "input.txt"  # Tiny Shakespeare, downloaded when it is first needed
 
 
@@ -87,11 +88,11 @@ def split(ids, block_size, name="the text"):
 
 
 def counted_bigram(train_ids, val_ids, vocab_size):
-    """The two losses of a counted bigram model: the first of the five models should reach them."""
+    """Both losses of a bigram model that is counted, not trained. Training should reach them."""
     train, val = train_ids.numpy(), val_ids.numpy()  # (N,) each
-    pairs = np.ones((vocab_size, vocab_size))  # (V, V); not zeros, so that no pair is impossible
-    np.add.at(pairs, (train[:-1], train[1:]), 1)
-    nll = -np.log(pairs / pairs.sum(axis=1, keepdims=True))  # (V, V)
+    counts = np.ones((vocab_size, vocab_size))  # (V, V); not zeros: no pair is impossible
+    np.add.at(counts, (train[:-1], train[1:]), 1)  # counts a pair each time, which += would not
+    nll = -np.log(counts / counts.sum(axis=1, keepdims=True))  # (V, V), negative log likelihoods
     return nll[train[:-1], train[1:]].mean(), nll[val[:-1], val[1:]].mean()
 
 
@@ -105,7 +106,7 @@ class Config:
     n_layer: int = 1
     n_head: int = 1
     n_embd: int = 65  # one for each character of Tiny Shakespeare
-    dropout: float = 0.0  # the notebook trains with 0.2
+    dropout: float = 0.0  # the notebook has 0.2; here, threads would race for its random numbers
 
 
 class Bigram(nn.Embedding):
@@ -195,18 +196,19 @@ def gpt(config):
     return Model(config, [Block] * config.n_layer, nn.LayerNorm)
 
 
-RUNGS = [  # the steps from bigram to GPT: name, what it adds to the one before, how to make it
-    ("bigram", "a table of logits", Bigram),
-    ("position", "token and position embedded", Model),
-    ("attention", "positions talk", lambda c: Model(c, [CausalSelfAttention])),
-    ("feed-forward", "positions think", lambda c: Model(c, [CausalSelfAttention, FeedForward])),
-    ("block", "residuals and LayerNorm", gpt),
+Rung = namedtuple("Rung", "name, adds, make")  # what it adds to the one before, how to make it
+RUNGS = [
+    Rung("bigram", "a table of logits", Bigram),
+    Rung("position", "token and position embedded", Model),
+    Rung("attention", "positions talk", lambda c: Model(c, [CausalSelfAttention])),
+    Rung("feed-forward", "positions think", lambda c: Model(c, [CausalSelfAttention, FeedForward])),
+    Rung("block", "residuals and LayerNorm", gpt),
 ]
 
 
 def initialize(make, config, seed):
     """A new model with orthogonal matrices (Saxe et al., 2014), drawn from the seed alone."""
-    # 2.0 trained better than 1.0 and 4.0 inside the training text. 0.3: nearly even odds at first.
+    # Tried: 2.0 is better than 1.0 and 4.0. 0.3 makes all characters nearly as likely at first.
     gains = {"token_embedding.weight": 2.0, "position_embedding.weight": 2.0, "lm_head.weight": 0.3}
     torch.manual_seed(seed)
     model = make(config)
@@ -219,29 +221,31 @@ def initialize(make, config, seed):
 # --------------------------------------------------------------------------------------- training
 @torch.inference_mode()
 def exact_loss(model, ids):
-    """The mean loss over all ids, (N,), except the first. Shows a progress bar after 3 seconds."""
-    model.eval()  # dropout off
+    """The mean loss over all ids, (N,), except the first. Leaves the model in eval mode."""
+    model.eval()  # no dropout
     block_size = model.config.block_size
-    size = len(ids) - 1
-    padding = -size % block_size  # fills the last window; cross_entropy ignores targets of -100
+    count = len(ids) - 1
+    padding = (-count) % block_size  # fills the last window; cross_entropy ignores targets of -100
     x = F.pad(ids[:-1], (0, padding)).view(-1, block_size)  # (N, T)
     y = F.pad(ids[1:], (0, padding), value=-100).view(-1, block_size)  # (N, T)
-    rows = max(1, 2048 // block_size)  # so few that a small model's batch fits a core's cache
-    pairs = list(zip(x.split(rows), y.split(rows)))  # (B, T) each
+    rows = max(1, 2048 // block_size)  # some 2048 characters at a time are fast on a CPU
+    batches = list(zip(x.split(rows), y.split(rows)))  # (B, T) each
     total = 0.0
-    for inputs, targets in tqdm(pairs, leave=False, disable=None, delay=3):
+    for inputs, targets in tqdm(batches, leave=False, disable=None, delay=3):  # a bar after 3 s
         logits = model(inputs).flatten(0, 1)  # (B * T, V)
         total += F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
-    return total / size
+    return total / count
 
 
-def batches(ids, block_size, batch_size, seed):
-    """Yield (B, T) inputs and targets forever. Inputs do not overlap; an epoch has each once."""
-    # The lecture draws windows at random. Here 3000 steps are less than an epoch: none comes twice.
+def shuffled_batches(ids, block_size, batch_size, seed):
+    """Yield (B, T) inputs and targets forever."""
+    # The lecture draws windows at random places. Ours do not overlap, and come in random order: our
+    # 3000 steps take three quarters of them, so that no character is learned from twice.
     windows = ids.unfold(0, block_size + 1, block_size)  # (N, T + 1)
     generator = torch.Generator().manual_seed(seed)
     while True:
-        for rows in torch.randperm(len(windows), generator=generator).split(batch_size):  # (B,)
+        order = torch.randperm(len(windows), generator=generator)  # (N,)
+        for rows in order.split(batch_size):  # (B,)
             batch = windows[rows]  # (B, T + 1)
             yield batch[:, :-1], batch[:, 1:]
 
@@ -252,19 +256,18 @@ def train(model, train_ids, val_ids, steps, seed, title=None):
     Returns the validation losses, [(step, loss), ...], and a dict: step, losses and seed of these
     weights. The optimizer is AdamW (Loshchilov and Hutter, 2019).
     """
-    parameters = dict(model.named_parameters())
-    head = [parameters[name] for name in parameters if "lm_head" in name]
-    rest = [parameters[name] for name in parameters if "lm_head" not in name]
+    head = [param for name, param in model.named_parameters() if "lm_head" in name]
+    rest = [param for name, param in model.named_parameters() if "lm_head" not in name]
     optimizer = torch.optim.AdamW(rest, LEARNING_RATE, BETAS, fused=True)
     optimizer.add_param_group({"params": head, "lr": HEAD_FACTOR * LEARNING_RATE})
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    eval_steps = [math.ceil(part * steps) for part in EVAL_PARTS]
-    pairs = batches(train_ids, model.config.block_size, BATCH_SIZE, seed)
+    eval_steps = [math.ceil(part * steps) for part in EVAL_AT]
+    batches = shuffled_batches(train_ids, model.config.block_size, BATCH_SIZE, seed)
     curve = []
     best_loss = math.inf
     for step in tqdm(range(1, steps + 1), title, leave=False, disable=None):
-        x, y = next(pairs)  # (B, T) each
-        model.train()
+        x, y = next(batches)  # (B, T) each
+        model.train()  # exact_loss ends it
         logits = model(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
         optimizer.zero_grad()
@@ -277,7 +280,7 @@ def train(model, train_ids, val_ids, steps, seed, title=None):
             curve.append((step, val_loss))
             if val_loss < best_loss:
                 best_step, best_loss = step, val_loss
-                best = copy.deepcopy(model.state_dict())
+                best = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(best)
     train_loss = exact_loss(model, train_ids)
     return curve, {"step": best_step, "train_loss": train_loss, "val_loss": best_loss, "seed": seed}
@@ -286,7 +289,7 @@ def train(model, train_ids, val_ids, steps, seed, title=None):
 # --------------------------------------------------------------------------------------- sampling
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, generator=None):
-    """Continue idx, (B, T), as in the lecture: yield the next id of each row, (B,), many times."""
+    """Continue idx, (B, T), as in the lecture: yield the next ids, (B,), max_new_tokens times."""
     model.eval()
     for _ in range(max_new_tokens):
         logits = model(idx[:, -model.config.block_size :])[:, -1]  # (B, V)
@@ -299,7 +302,7 @@ def choose(logits, temperature=1.0, top_k=0, generator=None):
     """Draw an id, (B, 1), for each row of logits, (B, V). Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    if top_k > 0:  # draw from that many of the likeliest
+    if top_k > 0:  # all but the top_k highest become -inf
         kept = logits.topk(min(top_k, logits.shape[-1]))  # (B, top_k)
         logits = torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)
     probabilities = (logits / temperature).softmax(dim=-1)  # (B, V)
@@ -310,9 +313,9 @@ def choose(logits, temperature=1.0, top_k=0, generator=None):
 def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
     """Continue idx, (B, T), as generate does, but compute only the newest position. For a GPT.
 
-    Each block keeps the keys and values of earlier positions in a cache. They already contain their
-    position embeddings, so they cannot be shifted: when the window is full, we start again with its
-    last half. UserError if the logits are not finite.
+    Each block keeps the keys and values of earlier positions in a cache. When the window is full,
+    all would have to move by one position, to which what is kept does not fit. Then we start again
+    with the last half of the window. UserError if the logits are not finite.
     """
     block_size = model.config.block_size
     n_head = model.config.n_head
@@ -345,8 +348,8 @@ def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=0, genera
             keys[:, :, start:end] = k
             values[:, :, start:end] = v
             k, v = keys[:, :, :end], values[:, :, :end]  # (B, n_head, S, head_size) each
-            # Only at the start of a window is T more than 1, so that the future must be masked.
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)
+            # At the start there are T positions, which must not see later ones. Then there is one.
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=(start == 0))
             out = out.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
             x = x + F.linear(out, *proj)  # (B, T, C)
 
@@ -364,7 +367,6 @@ def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=0, genera
 
 
 # --------------------------------------------------------------------- files: texts and checkpoints
-
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 # Used without a network. The large model wrote it: sample --tokens 500000 --seed 1 --temperature 1
@@ -372,11 +374,12 @@ FALLBACK = HERE / "assets" / "more.txt"
 
 
 def write_file(path, write):
-    """Call write(file) with a new file that then replaces path. If it fails, path is as before."""
+    """Make a file of what write(file) writes. If this fails, an earlier file is still whole."""
+    buffer = io.BytesIO()
+    write(buffer)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
-            write(file)
+        temporary.write_bytes(buffer.getbuffer())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -389,16 +392,13 @@ def download_text():
         if hashlib.sha256(content).hexdigest() != SHA256:
             raise ValueError("another text arrived")
     except Exception as error:  # no network, no HTTP, no certificates, ...
-        remedy = f"try again, or save it yourself as {TEXT}"
-        if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            remedy = f"run Applications/Python's 'Install Certificates.command' (Mac), or {remedy}"
-        raise ConnectionError(f"cannot download {URL} ({error}): {remedy}") from None
+        raise ConnectionError(f"cannot download {URL} ({error}): save it yourself as {TEXT}")
     write_file(TEXT, lambda file: file.write(content))
 
 
 def read_text(path):
     """Read a UTF-8 text. Tiny Shakespeare is downloaded if it is not there yet."""
-    if path.absolute() == TEXT and not path.exists():
+    if path.resolve() == TEXT and not path.exists():
         download_text()
     try:
         return path.read_text(encoding="utf-8-sig")  # line ends of Windows become \n
@@ -415,23 +415,23 @@ def save(path, model, vocab, training):
 
 def load(path, text_path=TEXT):
     """The model, vocabulary and training record in a checkpoint, ours or the lecture's."""
-    with path.open("rb") as file:
-        try:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
-        except Exception:  # a damaged file makes torch.load raise almost anything
-            raise UserError(f"{path} is damaged, or not by torch.save(model.state_dict(), ...)")
+    content = io.BytesIO(path.read_bytes())
     try:
-        if isinstance(checkpoint, dict) and "vocab" in checkpoint:
-            return build(checkpoint)
-        import lecture
+        checkpoint = torch.load(content, map_location="cpu", weights_only=True)  # runs no code
+    except Exception:  # a damaged file makes torch.load raise almost anything
+        raise UserError(f"{path} is damaged, or not by torch.save(model.state_dict(), ...)")
+    is_ours = isinstance(checkpoint, dict) and "vocab" in checkpoint
+    if not is_ours:
+        import lecture  # finds out what the lecture's files do not say, by trying it on a text
 
-        ours, notice = lecture.convert(checkpoint, read_text(text_path), loss_of)
-        print(notice, file=sys.stderr)
-        return build(ours)
-    except (UserError, OSError):  # these say what is wrong with the text
-        raise
-    except Exception as error:
-        raise UserError(f"{path} has another model, or is damaged: {error!s:.300}")
+        text = read_text(text_path)
+    try:
+        if not is_ours:
+            checkpoint, notice = lecture.convert(checkpoint, text, loss_of)
+            print(notice, file=sys.stderr)
+        return build(checkpoint)
+    except Exception as error:  # whatever does not fit
+        raise UserError(f"{path} has another model, or is damaged: {error!s:.300}") from None
 
 
 def build(checkpoint):
@@ -445,12 +445,15 @@ def build(checkpoint):
 
 
 def loss_of(checkpoint, text):
-    """The loss of the model in a dict."""
+    """The loss on a text of the model that is in a dict."""
     model, vocab, _ = build(checkpoint)
     return exact_loss(model, encode(text, vocab))
 
 
 # ------------------------------------------------------------------------------------ three actions
+Grown = namedtuple("Grown", "title, model, curve, training")  # of a rung, with what train returned
+
+
 def grow(args):
     """Train five models: print a table and samples, save growth.png and one-block.pt."""
     from matplotlib.figure import Figure  # takes half a second, which sampling need not wait for
@@ -468,75 +471,69 @@ def grow(args):
     config = Config(len(vocab))
     train_ids, val_ids = split(encode(text, vocab), config.block_size, path)  # (N,) each
     args.out.mkdir(parents=True, exist_ok=True)
-    probe = args.out / f".one-block.pt.{os.getpid()}"
-    probe.touch()  # fails now, not after training
-    probe.unlink()
+    tempfile.TemporaryFile(dir=args.out).close()  # fails now, not after training
 
     print(f"{path.name}: {len(text):,} characters, {len(vocab)} of them distinct\n")
     row = "{:14} {:27} {:>10} {:>8} {:>8}".format
     print(row("rung", "adds", "parameters", "train", "val"))
     counted = counted_bigram(train_ids, val_ids, len(vocab))
     print(row("0 counting", "pairs counted, not trained", "", *map("{:.4f}".format, counted)))
-
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a core for each model; more would change its weights a little
-    models = [initialize(make, config, args.seed) for _, _, make in RUNGS]
-    titles = [f"{number} {name}" for number, (name, _, _) in enumerate(RUNGS, start=1)]
-    pool = ThreadPoolExecutor(os.cpu_count())
-    jobs = []
-    for model, title in zip(models, titles):
-        jobs.append(pool.submit(train, model, train_ids, val_ids, args.steps, args.seed, title))
-    curves = []
-    for title, (_, adds, _), model, job in zip(titles, RUNGS, models, jobs):
-        curve, training = job.result()
-        curves.append((title, curve, training["val_loss"]))
-        size = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+    torch.set_num_threads(1)  # for each model: two would add in another order, and round otherwise
+    models = [initialize(rung.make, config, args.seed) for rung in RUNGS]
+    titles = [f"{number} {rung.name}" for number, rung in enumerate(RUNGS, start=1)]
+    same = [repeat(value) for value in (train_ids, val_ids, args.steps, args.seed)]  # for all
+    results = ThreadPoolExecutor(os.cpu_count()).map(train, models, *same, titles)
+    grown = []
+    for rung, title, model, (curve, training) in zip(RUNGS, titles, models, results):
+        grown.append(Grown(title, model, curve, training))
+        parameters = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
         losses = [f"{training[key]:.4f}" for key in ("train_loss", "val_loss")]
         if sys.stdout.isatty():
             print(end="\r")  # a bar that ended may have left the cursor anywhere
-        tqdm.write(row(title, adds, size, *losses))
+        tqdm.write(row(title, rung.adds, parameters, *losses))
     torch.set_num_threads(threads)  # a notebook may go on
 
-    training |= {"device": "cpu", "torch": str(torch.__version__), "text": path.name}
-    save(args.out / "one-block.pt", model, vocab, training)
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    last = grown[-1]
+    origin = {"device": "cpu", "torch": str(torch.__version__), "text": path.name}
+    save(args.out / "one-block.pt", last.model, vocab, last.training | origin)
     is_tiny_shakespeare = hashlib.sha256(text.encode()).hexdigest() == SHA256
     name = "Tiny Shakespeare" if is_tiny_shakespeare else ascii(path.name)
-    draw(figure.subplots(), curves, counted[1])
+    figure = Figure(figsize=(9, 5), layout="constrained")
     figure.suptitle(f"What each idea adds: validation loss on {name}", parse_math=False)
+    draw(figure.subplots(), grown, counted[1])
     write_file(args.out / "growth.png", lambda file: figure.savefig(file, dpi=150))
     print(f"wrote one-block.pt and growth.png to {args.out.resolve()}", file=sys.stderr)
-
     print("\n60 characters from each (↵ is a new line):\n")
-    start = torch.zeros(1, 1, dtype=torch.long)
-    for title, model in zip(titles, models):
+    start = torch.zeros(1, 1, dtype=torch.long)  # the first character of the vocabulary
+    for rung in grown:
         generator = torch.Generator().manual_seed(args.seed)
-        sampled = decode(generate(model, start, 500, generator), vocab)
-        print(f"{title:14}", sampled[:60].replace("\n", "↵"))
+        sampled = decode(generate(rung.model, start, 500, generator), vocab)
+        print(f"{rung.title:14}", sampled[:60].replace("\n", "↵"))
     print(f"\n500 characters from the last model:\n\n{sampled}")
 
 
-def draw(axes, curves, counted):
+def draw(axes, grown, counted):
     """Plot the validation losses. A label gives the loss of the weights that a model keeps."""
-    # The bigram's first losses are so high that showing them would squeeze the other lines.
-    bigram, *others = [[loss for _, loss in curve] for _, curve, _ in curves]
-    visible = [counted, bigram[-1]] + sum(others, [])
+    bigram, *others = [[loss for _, loss in rung.curve] for rung in grown]
+    visible = [counted, bigram[-1]] + sum(others, [])  # the bigram's first losses are far higher
     gap = 0.05 * (max(visible) - min(visible)) + 0.01
     top = max(visible) + gap
+    steps = [step for step, _ in grown[0].curve]
+    labels = [(counted, f"{counted:.3f}  0 counting", "black")]
+    axes.axhline(counted, linestyle=":", color="black")
     # The colours of Okabe and Ito: colour-blind readers can tell them apart.
     colors = cycle(["#E69F00", "#56B4E9", "#D55E00", "#009E73", "#0072B2", "#CC79A7"])
-    axes.axhline(counted, linestyle=":", color="black")
-    labels = [(counted, f"{counted:.3f}  0 counting", "black")]
-    for (title, curve, kept_loss), color in zip(curves, colors):
-        steps, losses = zip(*curve)
+    for rung, color in zip(grown, colors):
+        losses = [loss for _, loss in rung.curve]
         axes.plot(steps, losses, "o-", color=color)
-        labels.append((losses[-1], f"{kept_loss:.3f}  {title}", color))
-        for step, loss in zip(steps, losses):
+        labels.append((losses[-1], f"{rung.training['val_loss']:.3f}  {rung.title}", color))
+        for step, loss in rung.curve:
             if loss > top:
                 axes.text(step, top, f"↑ {loss:.2f}", color=color, ha="center", va="bottom")
-    height = 0
-    for loss, label, color in sorted(labels):
-        height = max(loss, height + gap)  # labels must not cover each other
+    height = -math.inf
+    for end, label, color in sorted(labels):
+        height = max(end, height + gap)  # labels must not cover each other
         axes.text(1.12 * steps[-1], height, label, color=color, va="center")
     axes.set(xscale="log", xlim=(0.9 * steps[0], 1.1 * steps[-1]), ylim=(min(visible) - gap, top))
     axes.set(xticks=steps, xticklabels=steps, xlabel="iteration", ylabel="nats per character")
@@ -610,8 +607,10 @@ def parse(argv):
         action.add_argument("--input", type=Path, default=TEXT, help="a text (Tiny Shakespeare)")
     for action in (sampler, evaluator):
         action.add_argument("--weights", type=Path, default=WEIGHTS, help="(gpt_shakespeare.pt)")
-    grower.add_argument("--steps", type=within(1, 2**32), default=STEPS, help="per model (3000)")
-    grower.add_argument("--seed", type=within(0, 2**32), default=SEED, help="(1337)")
+    grower.add_argument(
+        "--steps", type=within(1, 2**32), default=STEPS, help="per model (%(default)s)"
+    )
+    grower.add_argument("--seed", type=within(0, 2**32), default=SEED, help="(%(default)s)")
     grower.add_argument("--out", type=Path, default=Path(), help="folder (the current one)")
     sampler.add_argument("--prompt", default="", help="what to continue; - reads it from stdin")
     sampler.add_argument("--tokens", type=within(1, 2**32), default=500, help="characters (500)")
@@ -631,20 +630,21 @@ def main(argv):
         actions[args.action](args)
         return 0
     except (UserError, OSError, UnicodeError, ImportError) as error:
-        if getattr(error, "errno", None) in closed_pipe and not error.filename:  # as by `| head`
-            return 141  # 128 + 13: the status of a program that SIGPIPE ends
-        print("error:", *str(error).split(), file=sys.stderr)
+        if isinstance(error, OSError) and error.errno in closed_pipe and not error.filename:
+            return 141  # as by `| head`: 128 + 13 is the status of a program that SIGPIPE ends
+        print("error:", *str(error).splitlines(), file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
-    if hasattr(sys, "ps1") or not hasattr(sys.stdout, "reconfigure"):
-        main(sys.argv[1:])  # this is IPython, Jupyter (%run) or IDLE, which goes on
+    in_a_shell = hasattr(sys, "ps1") or not hasattr(sys.stdout, "reconfigure")  # IPython, IDLE, ...
+    if in_a_shell:
+        main(sys.argv[1:])
     else:
         if not sys.stdout.isatty():
             sys.stdout.reconfigure(encoding="utf-8", newline="\n")
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the program at once
-        tqdm.set_lock(threading.RLock())  # its own lock would outlive os._exit, with a warning
-        # After a closed pipe, Python would wait for the threads that still train.
+        # os._exit, since after a closed pipe Python would wait for the threads that still train.
+        tqdm.set_lock(threading.RLock())  # without this, os._exit gets a warning on a Mac
         os._exit(main(sys.argv[1:]))

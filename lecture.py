@@ -39,18 +39,21 @@ def convert(checkpoint, text, loss_of):
     of the two it is. ValueError if this is not a state_dict of the lecture's last model, or a dict
     that holds one.
     """
+    beginning = text[:5000]
     github = for_github(checkpoint, "".join(sorted(set(text))))
     video = for_video(github)
-    text = text[:5000]
-    github_loss = loss_of(github, text)
-    video_loss = loss_of(video, text)
+    video_loss = loss_of(video, beginning)
     untrained = math.log(len(github["vocab"]))
-    chosen, version, loss = github, "code on GitHub", github_loss
-    if video_loss < min(0.98 * github_loss, 0.8 * untrained):
-        chosen, version, loss = video, "video or Colab notebook", video_loss
+    chosen = github
+    version = "code on GitHub"
+    loss = loss_of(github, beginning)
+    if video_loss < 0.98 * loss and video_loss < 0.8 * untrained:
+        chosen = video
+        version = "video or Colab notebook"
+        loss = video_loss
     line = f"weights that fit the lecture's {version}: loss {loss:.2f} on the first "
-    line += f"{len(text):,} characters ({untrained:.2f} if untrained)"
-    if loss >= 0.8 * untrained:
+    line += f"{len(beginning):,} characters ({untrained:.2f} if untrained)"
+    if not loss < 0.8 * untrained:  # nan, too
         line += "; WARNING: another text, or a changed model?"
     return chosen, line
 
@@ -65,18 +68,20 @@ def for_github(checkpoint, vocab):
         theirs = {name.replace(last, "ln_f."): theirs[name] for name in theirs}
     # The part of a name at place 4 is the number of a head: blocks.0.sa.heads.NUMBER.key.weight.
     heads = {name.split(".")[4] for name in theirs if name.startswith("blocks.0.sa.heads.")}
-    parts = our_parts(n_layer, max(1, len(heads)), "ln_f.weight" in theirs)
+    n_head = max(1, len(heads))  # if there is none, check_names says which name is missing
+    parts = our_parts(n_layer, n_head, "ln_f.weight" in theirs)
     check_names(theirs, [name for names in parts.values() for name in names], prefix)
 
     ours = {name: torch.cat([theirs[part].float() for part in parts[name]]) for name in parts}
     if "ln_f.weight" in ours and (ours["ln_f.weight"] == 1).all() and not ours["ln_f.bias"].any():
         del ours["ln_f.weight"], ours["ln_f.bias"]  # never trained, so the model did not use it
-    (V, C), T = ours["token_embedding.weight"].shape, len(ours["position_embedding.weight"])
+    V, C = ours["token_embedding.weight"].shape
+    T = len(ours["position_embedding.weight"])
     if len(ours["blocks.0.attention.qkv.weight"]) != 3 * C:
-        raise ValueError(f"n_head ({len(heads)}) times the size of a head is not n_embd ({C})")
+        raise ValueError(f"n_head ({n_head}) times the size of a head is not n_embd ({C})")
     if len(vocab) != V:
         raise ValueError(f"the model knows {V} characters, the text has {len(vocab)}: see --input")
-    config = dict(vocab_size=V, block_size=T, n_layer=n_layer, n_head=len(heads), n_embd=C)
+    config = dict(vocab_size=V, block_size=T, n_layer=n_layer, n_head=n_head, n_embd=C)
     return dict(config=config, vocab=vocab, model=ours, training={})
 
 

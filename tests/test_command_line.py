@@ -71,10 +71,8 @@ def test_the_same_seed_grows_the_same_models_and_prints_utf_8_though_ascii_is_se
 
 def test_a_rung_that_people_insert_is_grown_and_changes_no_other(grown, tmp_path):
     folder, first = grown
-    last = '    ("block",'
-    inserted = (
-        '    ("twice", "positions talk twice", lambda c: Model(c, 2 * [CausalSelfAttention])),\n'
-    )
+    last = '    Rung("block",'
+    inserted = '    Rung("twice", "talk twice", lambda c: Model(c, 2 * [CausalSelfAttention])),\n'
     script = SCRIPT.read_text(encoding="utf-8")
     assert script.count(last) == 1
     (tmp_path / "grow.py").write_text(script.replace(last, inserted + last), encoding="utf-8")
@@ -83,7 +81,7 @@ def test_a_rung_that_people_insert_is_grown_and_changes_no_other(grown, tmp_path
     rows = result.stdout.decode().splitlines()
     before = first.stdout.decode().splitlines()
     assert rows[:8] == before[:8]  # up to rung 4
-    assert rows[8].startswith("5 twice        positions talk twice")
+    assert rows[8].startswith("5 twice        talk twice")
     assert rows[9] == before[8].replace("5 block", "6 block")
     assert (tmp_path / "one-block.pt").read_bytes() == (folder / "one-block.pt").read_bytes()
 
@@ -174,7 +172,8 @@ def test_without_network_it_grows_on_what_the_large_model_wrote(call, monkeypatc
 
 
 def test_a_folder_that_cannot_be_written_to_is_found_before_training(call, monkeypatch):
-    monkeypatch.setattr(Path, "touch", Mock(side_effect=PermissionError(13, "not permitted")))
+    refusal = Mock(side_effect=PermissionError(13, "not permitted"))
+    monkeypatch.setattr("tempfile.TemporaryFile", refusal)
     monkeypatch.setattr(gpt, "counted_bigram", None)
     status, out, err = call("--input", "text.txt")
     assert (status, out) == (2, "") and "not permitted" in err
@@ -238,7 +237,6 @@ def test_the_whole_text_is_fetched_once_or_nothing_is_kept(tmp_path, monkeypatch
             "cannot download https://raw.*another text arrived.* as .*input.txt",
         ),
         (OSError("timed out"), "cannot download https://raw.*timed out.* as .*input.txt"),
-        (OSError("CERTIFICATE_VERIFY_FAILED"), "'Install Certificates.command'"),
     ):
         monkeypatch.setattr(gpt, "urlopen", Mock(side_effect=[result]))
         with pytest.raises(ConnectionError, match=message):
@@ -251,9 +249,11 @@ def test_the_whole_text_is_fetched_once_or_nothing_is_kept(tmp_path, monkeypatch
     assert gpt.read_text(path) == "my text"
 
 
-def test_a_full_disk_loses_no_earlier_file_and_leaves_no_other(call, tmp_path, monkeypatch):
+def test_a_full_disk_loses_no_earlier_file_and_leaves_no_other(grown, tmp_path):
+    resource = pytest.importorskip("resource", reason="Windows cannot limit the size of a file")
     (tmp_path / "one-block.pt").write_bytes(b"earlier")
-    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(28, "No space left on device")))
-    status, _, err = call("--input", "text.txt", "--steps", 1, "--out", tmp_path)
-    assert status == 2 and "No space left" in err
+    options = "--input", grown[0] / "text.txt", "--steps", 1, "--out", tmp_path
+    limits = 50_000, 50_000  # bytes: the weights have 230,000
+    result = run(*options, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+    assert result.returncode == 2 and result.stderr == b"error: [Errno 27] File too large\n"
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"earlier"]

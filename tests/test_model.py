@@ -94,7 +94,7 @@ def test_the_exact_loss_is_the_mean_over_every_character_but_the_first(length, b
 
 def test_an_epoch_has_every_window_once_and_its_targets_are_the_next_characters():
     data, starts = torch.arange(803), []
-    batches = gpt.batches(data, block_size=8, batch_size=32, seed=0)
+    batches = gpt.shuffled_batches(data, block_size=8, batch_size=32, seed=0)
     for x, y in (next(batches) for _ in range(4)):
         assert torch.equal(y, x + 1) and x.shape[1] == 8
         starts += x[:, 0].tolist()
