@@ -30,8 +30,7 @@ from itertools import cycle, repeat
 from pathlib import Path
 from urllib.request import urlopen
 
-# Before torch is imported: on Linux, a thread of torch that waits must sleep after 3,000 turns of a
-# loop, not after 300,000. Otherwise it takes a core from other programs, and all are much slower.
+# Before torch is imported: on Linux, its threads shall give up their cores sooner when they wait.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
@@ -68,7 +67,7 @@ def encode(text, vocab, name="the prompt"):
     """The ids of N characters, (N,). UserError if the vocabulary lacks one of them."""
     unknown = "".join(sorted(set(text) - set(vocab)))
     if unknown:
-        raise UserError(f"{name} has {unknown[:99]!r}, but the model knows only {vocab[:999]!r}")
+        raise UserError(f"{name} has {unknown[:99]!r}, the model only knows {vocab[:999]!r}")
     id_of = {character: i for i, character in enumerate(vocab)}
     return torch.tensor([id_of[character] for character in text], dtype=torch.long)
 
@@ -82,7 +81,7 @@ def split(ids, block_size, name="the text"):
     """The first 90 % of ids for training, the rest for validation. UserError if too few."""
     least = 10 * block_size + 1  # one window must fit into the validation part
     if len(ids) < least:
-        raise UserError(f"{name} has {len(ids):,} characters, too few: it needs {least:,} or more")
+        raise UserError(f"{name} has {len(ids):,} characters, but needs {least:,} or more")
     boundary = len(ids) * 9 // 10
     return ids[:boundary], ids[boundary:]
 
@@ -265,7 +264,7 @@ def train(model, train_ids, val_ids, steps, seed, title=None):
     batches = shuffled_batches(train_ids, model.config.block_size, BATCH_SIZE, seed)
     curve = []
     best_loss = math.inf
-    for step in tqdm(range(1, steps + 1), title, leave=False, disable=None):
+    for step in tqdm(range(1, steps + 1), title, leave=False, disable=None):  # bar in a terminal
         x, y = next(batches)  # (B, T) each
         model.train()  # exact_loss ends it
         logits = model(x)  # (B, T, V)
@@ -280,7 +279,7 @@ def train(model, train_ids, val_ids, steps, seed, title=None):
             curve.append((step, val_loss))
             if val_loss < best_loss:
                 best_step, best_loss = step, val_loss
-                best = {name: value.clone() for name, value in model.state_dict().items()}
+                best = {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(best)
     train_loss = exact_loss(model, train_ids)
     return curve, {"step": best_step, "train_loss": train_loss, "val_loss": best_loss, "seed": seed}
@@ -359,7 +358,7 @@ def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=0, genera
 
         logits = model.lm_head(model.ln_f(x[:, -1]))  # (B, V)
         if not math.isfinite(logits.sum()):  # inf and nan survive a sum
-            raise UserError("the weights are damaged: they give logits that are not finite")
+            raise UserError("these weights give logits that are not finite")
         start = end
         unread = choose(logits, temperature, top_k, generator)  # (B, 1)
         yield unread[:, 0]
@@ -420,18 +419,18 @@ def load(path, text_path=TEXT):
         checkpoint = torch.load(content, map_location="cpu", weights_only=True)  # runs no code
     except Exception:  # a damaged file makes torch.load raise almost anything
         raise UserError(f"{path} is damaged, or not by torch.save(model.state_dict(), ...)")
-    is_ours = isinstance(checkpoint, dict) and "vocab" in checkpoint
-    if not is_ours:
+    try:
+        if isinstance(checkpoint, dict) and "vocab" in checkpoint:
+            return build(checkpoint)
         import lecture  # finds out what the lecture's files do not say, by trying it on a text
 
-        text = read_text(text_path)
-    try:
-        if not is_ours:
-            checkpoint, notice = lecture.convert(checkpoint, text, loss_of)
-            print(notice, file=sys.stderr)
-        return build(checkpoint)
+        ours, notice = lecture.convert(checkpoint, read_text(text_path), loss_of)
+        print(notice, file=sys.stderr)
+        return build(ours)
+    except (UserError, OSError, ImportError):  # of the text, or a missing lecture.py
+        raise
     except Exception as error:  # whatever does not fit
-        raise UserError(f"{path} has another model, or is damaged: {error!s:.300}") from None
+        raise UserError(f"{path} holds another model: {error!s:.300}") from None
 
 
 def build(checkpoint):
@@ -467,7 +466,7 @@ def grow(args):
         print(f"WARNING: {error}; using {path}, so losses differ", file=sys.stderr)
     vocab = vocabulary(text)
     if len(vocab) > 10_000:
-        raise UserError(f"{path} has {len(vocab):,} distinct characters, more than 10,000")
+        raise UserError(f"{path} has {len(vocab):,} different characters: 10,000 at most")
     config = Config(len(vocab))
     train_ids, val_ids = split(encode(text, vocab), config.block_size, path)  # (N,) each
     args.out.mkdir(parents=True, exist_ok=True)
@@ -542,8 +541,8 @@ def draw(axes, grown, counted):
 
 def sample(args):
     """Continue a prompt: print one text while it is drawn, or several, drawn as one batch."""
-    if 0 < args.temperature < 0.01:
-        raise UserError("--temperature must be 0, or at least 0.01")
+    if args.temperature != 0 and not 0.01 <= args.temperature <= 100:  # nor nan
+        raise UserError("--temperature must be 0, or from 0.01 to 100")
     model, vocab, _ = load(args.weights, args.input)
     prompt = args.prompt
     if prompt == "-":
@@ -584,10 +583,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (ACTION --help lists the options)")
 
 
-def within(low, high, kind=int):  # a type for add_argument
+def within(low, high=2**32):  # a type for add_argument
     def number(text):
-        value = kind(text)
-        if not low <= value <= high:  # refuses nan, too
+        value = int(text)
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be from {low} to {high:,}, not {text}")
         return value
 
@@ -598,7 +597,7 @@ def parse(argv):
     """The action and the options of a command line. Without an action, it is grow."""
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["grow", *argv]
-    parser = Parser(description="Grow a bigram table into a GPT. Each action has its own --help.")
+    parser = Parser(description="From bigram to GPT. Each action has its own --help.")
     actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
     grower = actions.add_parser("grow", help=grow.__doc__)
     sampler = actions.add_parser("sample", help=sample.__doc__)
@@ -606,18 +605,20 @@ def parse(argv):
     for action in (grower, sampler, evaluator):
         action.add_argument("--input", type=Path, default=TEXT, help="a text (Tiny Shakespeare)")
     for action in (sampler, evaluator):
-        action.add_argument("--weights", type=Path, default=WEIGHTS, help="(gpt_shakespeare.pt)")
-    grower.add_argument(
-        "--steps", type=within(1, 2**32), default=STEPS, help="per model (%(default)s)"
-    )
-    grower.add_argument("--seed", type=within(0, 2**32), default=SEED, help="(%(default)s)")
-    grower.add_argument("--out", type=Path, default=Path(), help="folder (the current one)")
+        action.add_argument(
+            "--weights", type=Path, default=WEIGHTS, help="a checkpoint (gpt_shakespeare.pt)"
+        )
+    grower.add_argument("--steps", type=within(1), default=STEPS, help="iterations (%(default)s)")
+    grower.add_argument("--seed", type=within(0), default=SEED, help="random seed (%(default)s)")
+    grower.add_argument("--out", type=Path, default=Path(), help="folder for the files (current)")
     sampler.add_argument("--prompt", default="", help="what to continue; - reads it from stdin")
-    sampler.add_argument("--tokens", type=within(1, 2**32), default=500, help="characters (500)")
-    sampler.add_argument("--temperature", type=within(0, 100, float), default=0.8, help="(0.8)")
-    sampler.add_argument("--top-k", "--top_k", type=within(0, 2**32), default=0, help="(0: all)")
+    sampler.add_argument("--tokens", type=within(1), default=500, help="how many characters (500)")
+    sampler.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest (0.8)")
+    sampler.add_argument(
+        "--top-k", "--top_k", type=within(0), default=0, help="the TOP_K likeliest only (0: all)"
+    )
     sampler.add_argument("--samples", type=within(1, 256), default=1, help="how many texts (1)")
-    sampler.add_argument("--seed", type=within(0, 2**32), help="the same gives the same text")
+    sampler.add_argument("--seed", type=within(0), help="the same seed gives the same text")
     return parser.parse_args(argv)
 
 
@@ -637,9 +638,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    in_a_shell = hasattr(sys, "ps1") or not hasattr(sys.stdout, "reconfigure")  # IPython, IDLE, ...
-    if in_a_shell:
-        main(sys.argv[1:])
+    if hasattr(sys, "ps1") or not hasattr(sys.stdout, "reconfigure"):  # IPython, Jupyter or IDLE
+        main(sys.argv[1:])  # goes on afterwards
     else:
         if not sys.stdout.isatty():
             sys.stdout.reconfigure(encoding="utf-8", newline="\n")

@@ -180,23 +180,23 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_training(call, monke
 
 
 MISTAKES = {
-    "sample --prompt Chloé": "the prompt has 'Clé', but the model knows only '",
+    "sample --prompt Chloé": "the prompt has 'Clé', the model only knows '",
     "sample --tokens 0": "argument --tokens: must be from 1 to 4,294,967,296, not 0 (ACTION --help",
     "sample --tokens x": "argument --tokens: invalid number value: 'x'",
-    "sample --temperature nan": "argument --temperature: must be from 0 to 100, not nan",
-    "sample --temperature 0.009": "--temperature must be 0, or at least 0.01",
+    "sample --temperature nan": "--temperature must be 0, or from 0.01 to 100",
+    "sample --temperature 0.009": "--temperature must be 0, or from 0.01 to 100",
     "sample --prompt -x": "argument --prompt: expected one argument",
     "grow --tokens 5": "unrecognized arguments: --tokens 5 (ACTION --help lists",
     "sample --weights none.pt": "No such file or directory: 'none.pt'",
     "sample --weights cut.pt": "cut.pt is damaged, or not by torch.save(model.state_dict(), ...)",
     "sample --weights path.pt": "path.pt is damaged, or not by torch.save(",
-    "sample --weights shape.pt": "shape.pt has another model, or is damaged: Error(s) in loading",
-    "sample --weights nan.pt": "the weights are damaged: they give logits that are not finite",
+    "sample --weights shape.pt": "shape.pt holds another model: Error(s) in loading",
+    "sample --weights nan.pt": "these weights give logits that are not finite",
     "--input none.txt": "No such file or directory: 'none.txt'",
-    "--input short.txt": "short.txt has 80 characters, too few: it needs 81 or more",
-    "--input many.txt": "many.txt has 10,001 distinct characters, more than 10,000",
+    "--input short.txt": "short.txt has 80 characters, but needs 81 or more",
+    "--input many.txt": "many.txt has 10,001 different characters: 10,000 at most",
     "--input latin-1.txt": "latin-1.txt is not UTF-8: convert it",
-    "evaluate --input digits.txt": "digits.txt has '012346789', but the model knows only '",
+    "evaluate --input digits.txt": "digits.txt has '012346789', the model only knows '",
 }
 
 
