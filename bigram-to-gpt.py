@@ -30,7 +30,7 @@ from itertools import cycle, repeat
 from pathlib import Path
 from urllib.request import urlopen
 
-# Before torch is imported: on Linux, its threads shall give up their cores sooner when they wait.
+# Must come before torch is imported. On Linux, its waiting threads then free their cores sooner.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
@@ -207,7 +207,7 @@ RUNGS = [
 
 def initialize(make, config, seed):
     """A new model with orthogonal matrices (Saxe et al., 2014), drawn from the seed alone."""
-    # Tried: 2.0 is better than 1.0 and 4.0. 0.3 makes all characters nearly as likely at first.
+    # 2.0 was better than 1.0 and 4.0. 0.3 makes all characters about equally likely at first.
     gains = {"token_embedding.weight": 2.0, "position_embedding.weight": 2.0, "lm_head.weight": 0.3}
     torch.manual_seed(seed)
     model = make(config)
@@ -238,8 +238,8 @@ def exact_loss(model, ids):
 
 def shuffled_batches(ids, block_size, batch_size, seed):
     """Yield (B, T) inputs and targets forever."""
-    # The lecture draws windows at random places. Ours do not overlap, and come in random order: our
-    # 3000 steps take three quarters of them, so that no character is learned from twice.
+    # The lecture draws windows at random places. Our inputs do not overlap, and come in random
+    # order: 3000 steps take three quarters of them, so no window comes twice.
     windows = ids.unfold(0, block_size + 1, block_size)  # (N, T + 1)
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -266,7 +266,7 @@ def train(model, train_ids, val_ids, steps, seed, title=None):
     best_loss = math.inf
     for step in tqdm(range(1, steps + 1), title, leave=False, disable=None):  # bar in a terminal
         x, y = next(batches)  # (B, T) each
-        model.train()  # exact_loss ends it
+        model.train()  # exact_loss has turned dropout off
         logits = model(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
         optimizer.zero_grad()
