@@ -179,6 +179,22 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_training(call, monke
     assert (status, out) == (2, "") and "not permitted" in err
 
 
+def test_a_missing_library_is_found_before_training(call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, out, err = call("--input", "text.txt")
+    assert (status, out) == (2, "") and err.startswith("error: import of matplotlib.figure")
+
+
+@pytest.mark.parametrize("name", ["'text.txt'", "Tiny Shakespeare"])
+def test_the_title_of_the_picture_names_the_text(call, monkeypatch, tmp_path, name):
+    if name == "Tiny Shakespeare":
+        digest = hashlib.sha256(some_text(900).encode()).hexdigest()
+        monkeypatch.setattr(gpt, "SHA256", digest)
+    monkeypatch.setattr("matplotlib.figure.Figure.suptitle", title := Mock())
+    assert call("--input", "text.txt", "--steps", 1, "--out", tmp_path)[0] == 0
+    assert title.call_args.args[0].endswith(f" validation loss on {name}")
+
+
 MISTAKES = {
     "sample --prompt Chloé": "the prompt has 'Clé', the model only knows '",
     "sample --tokens 0": "argument --tokens: must be from 1 to 4,294,967,296, not 0 (ACTION --help",
