@@ -218,8 +218,13 @@ def initialize(make, config, seed):
 
 
 # --------------------------------------------------------------------------------------- training
+def progress(items, title):  # a bar, unless a pipe or a file would tear it
+    shown = title and sys.stdout.isatty() and sys.stderr.isatty()
+    return tqdm(items, title, leave=False, disable=not shown)
+
+
 @torch.inference_mode()
-def exact_loss(model, ids):
+def exact_loss(model, ids, title=None):
     """The mean loss over all ids, (N,), except the first. Leaves the model in eval mode."""
     model.eval()  # no dropout
     block_size = model.config.block_size
@@ -230,7 +235,7 @@ def exact_loss(model, ids):
     rows = max(1, 2048 // block_size)  # some 2048 characters at a time are fast on a CPU
     batches = list(zip(x.split(rows), y.split(rows)))  # (B, T) each
     total = 0.0
-    for inputs, targets in tqdm(batches, leave=False, disable=None, delay=3):  # a bar after 3 s
+    for inputs, targets in progress(batches, title):
         logits = model(inputs).flatten(0, 1)  # (B * T, V)
         total += F.cross_entropy(logits, targets.flatten(), reduction="sum").item()
     return total / count
@@ -264,7 +269,7 @@ def train(model, train_ids, val_ids, steps, seed, title=None):
     batches = shuffled_batches(train_ids, model.config.block_size, BATCH_SIZE, seed)
     curve = []
     best_loss = math.inf
-    for step in tqdm(range(1, steps + 1), title, leave=False, disable=None):  # bar in a terminal
+    for step in progress(range(1, steps + 1), title):
         x, y = next(batches)  # (B, T) each
         model.train()  # exact_loss has turned dropout off
         logits = model(x)  # (B, T, V)
@@ -312,9 +317,8 @@ def choose(logits, temperature=1.0, top_k=0, generator=None):
 def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
     """Continue idx, (B, T), as generate does, but compute only the newest position. For a GPT.
 
-    Each block keeps the keys and values of earlier positions in a cache. When the window is full,
-    all would have to move by one position, to which what is kept does not fit. Then we start again
-    with the last half of the window. UserError if the logits are not finite.
+    Each block caches the keys and values of earlier positions. They depend on these positions: when
+    the window is full, we start again with its last half. UserError if logits are not finite.
     """
     block_size = model.config.block_size
     n_head = model.config.n_head
@@ -436,10 +440,9 @@ def load(path, text_path=TEXT):
 def build(checkpoint):
     """The model, vocabulary and training record in a dict. All shapes must fit."""
     model = gpt(Config(**checkpoint["config"]))
-    weights = checkpoint["model"]
-    if "ln_f.weight" not in weights:  # some who typed the lecture's code never used it
+    if "ln_f.weight" not in checkpoint["model"]:  # some who typed the lecture's code never used it
         model.ln_f = nn.Identity()
-    model.load_state_dict(weights)
+    model.load_state_dict(checkpoint["model"])
     return model.eval(), checkpoint["vocab"], dict(checkpoint["training"])
 
 
@@ -471,7 +474,6 @@ def grow(args):
     train_ids, val_ids = split(encode(text, vocab), config.block_size, path)  # (N,) each
     args.out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=args.out).close()  # fails now, not after training
-
     print(f"{path.name}: {len(text):,} characters, {len(vocab)} of them distinct\n")
     row = "{:14} {:27} {:>10} {:>8} {:>8}".format
     print(row("rung", "adds", "parameters", "train", "val"))
@@ -493,9 +495,8 @@ def grow(args):
         tqdm.write(row(title, rung.adds, parameters, *losses))
     torch.set_num_threads(threads)  # a notebook may go on
 
-    last = grown[-1]
     origin = {"device": "cpu", "torch": str(torch.__version__), "text": path.name}
-    save(args.out / "one-block.pt", last.model, vocab, last.training | origin)
+    save(args.out / "one-block.pt", grown[-1].model, vocab, grown[-1].training | origin)
     is_tiny_shakespeare = hashlib.sha256(text.encode()).hexdigest() == SHA256
     name = "Tiny Shakespeare" if is_tiny_shakespeare else ascii(path.name)
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -516,7 +517,8 @@ def draw(axes, grown, counted):
     """Plot the validation losses. A label gives the loss of the weights that a model keeps."""
     bigram, *others = [[loss for _, loss in rung.curve] for rung in grown]
     visible = [counted, bigram[-1]] + sum(others, [])  # the bigram's first losses are far higher
-    gap = 0.05 * (max(visible) - min(visible)) + 0.01
+    span = max(max(visible) - min(visible), 0.1)
+    gap = 0.05 * span
     top = max(visible) + gap
     steps = [step for step, _ in grown[0].curve]
     labels = [(counted, f"{counted:.3f}  0 counting", "black")]
@@ -525,7 +527,7 @@ def draw(axes, grown, counted):
     colors = cycle(["#E69F00", "#56B4E9", "#D55E00", "#009E73", "#0072B2", "#CC79A7"])
     for rung, color in zip(grown, colors):
         losses = [loss for _, loss in rung.curve]
-        axes.plot(steps, losses, "o-", color=color)
+        axes.semilogx(steps, losses, "o-", color=color, subs=[])  # no minor ticks
         labels.append((losses[-1], f"{rung.training['val_loss']:.3f}  {rung.title}", color))
         for step, loss in rung.curve:
             if loss > top:
@@ -534,9 +536,8 @@ def draw(axes, grown, counted):
     for end, label, color in sorted(labels):
         height = max(end, height + gap)  # labels must not cover each other
         axes.text(1.12 * steps[-1], height, label, color=color, va="center")
-    axes.set(xscale="log", xlim=(0.9 * steps[0], 1.1 * steps[-1]), ylim=(min(visible) - gap, top))
+    axes.set(xlim=(0.9 * steps[0], 1.1 * steps[-1]), ylim=(top - 1.1 * span, top))
     axes.set(xticks=steps, xticklabels=steps, xlabel="iteration", ylabel="nats per character")
-    axes.minorticks_off()
 
 
 def sample(args):
@@ -571,7 +572,7 @@ def evaluate(args):
     train_ids, val_ids = split(ids, model.config.block_size, args.input)  # (N,) each
     print(f"{'loss on ' + args.input.name:24} measured  in the file  bits/char")
     for part, ids in (("train", train_ids), ("val", val_ids)):
-        loss = exact_loss(model, ids)
+        loss = exact_loss(model, ids, part)
         key = f"{part}_loss"
         stored = f"{training[key]:.4f}" if key in training else "nothing"
         print(f"{part:24}{loss:9.4f}{stored:>13}{loss / math.log(2):11.4f}")
@@ -580,17 +581,17 @@ def evaluate(args):
 # ------------------------------------------------------------------------------------ command line
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message} (ACTION --help lists the options)")
+        raise UserError(f"{message} (see --help, and grow, sample or evaluate --help)")
 
 
 def within(low, high=2**32):  # a type for add_argument
-    def number(text):
+    def whole_number(text):
         value = int(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be from {low} to {high:,}, not {text}")
         return value
 
-    return number
+    return whole_number
 
 
 def parse(argv):
@@ -624,11 +625,10 @@ def parse(argv):
 
 def main(argv):
     """Run an action and return the exit status: 2 if the user has something to correct."""
-    actions = {"grow": grow, "sample": sample, "evaluate": evaluate}
     closed_pipe = (errno.EPIPE, errno.EINVAL)  # EINVAL on Windows: cpython's issue 79935
     try:
         args = parse(argv)
-        actions[args.action](args)
+        {"grow": grow, "sample": sample, "evaluate": evaluate}[args.action](args)
         return 0
     except (UserError, OSError, UnicodeError, ImportError) as error:
         if isinstance(error, OSError) and error.errno in closed_pipe and not error.filename:

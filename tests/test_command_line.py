@@ -197,12 +197,12 @@ def test_the_title_of_the_picture_names_the_text(call, monkeypatch, tmp_path, na
 
 MISTAKES = {
     "sample --prompt Chloé": "the prompt has 'Clé', the model only knows '",
-    "sample --tokens 0": "argument --tokens: must be from 1 to 4,294,967,296, not 0 (ACTION --help",
-    "sample --tokens x": "argument --tokens: invalid number value: 'x'",
+    "sample --tokens 0": "argument --tokens: must be from 1 to 4,294,967,296, not 0 (see --help",
+    "sample --tokens x": "argument --tokens: invalid whole_number value: 'x'",
     "sample --temperature nan": "--temperature must be 0, or from 0.01 to 100",
     "sample --temperature 0.009": "--temperature must be 0, or from 0.01 to 100",
     "sample --prompt -x": "argument --prompt: expected one argument",
-    "grow --tokens 5": "unrecognized arguments: --tokens 5 (ACTION --help lists",
+    "grow --tokens 5": "unrecognized arguments: --tokens 5 (see --help, and grow, sample or",
     "sample --weights none.pt": "No such file or directory: 'none.pt'",
     "sample --weights cut.pt": "cut.pt is damaged, or not by torch.save(model.state_dict(), ...)",
     "sample --weights path.pt": "path.pt is damaged, or not by torch.save(",

@@ -108,7 +108,10 @@ def test_training_keeps_its_best_weights_and_ends_at_a_rate_of_zero(monkeypatch)
     monkeypatch.setattr(torch.optim.lr_scheduler, "LambdaLR", rates)
     data, val = torch.randint(30, (2, 200), generator=seeded(0))
     model = gpt.initialize(gpt.gpt, gpt.Config(30), seed=0)
+    modes = set()
+    model.register_forward_hook(lambda *_: modes.add((torch.is_grad_enabled(), model.training)))
     curve, training = gpt.train(model, data, val, steps=300, seed=0)
+    assert modes == {(True, True), (False, False)}  # dropout is on in training alone
     losses = [loss for _, loss in curve]
     assert [step for step, _ in curve] == [10, 30, 100, 300]
     assert training["val_loss"] == min(losses) < losses[-1] - 0.5  # it overfits
