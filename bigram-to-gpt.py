@@ -43,7 +43,7 @@ from tqdm import tqdm
 BATCH_SIZE = 32
 STEPS = 3000
 LEARNING_RATE = 5e-3  # at the start: it falls to zero in a straight line
-HEAD_FACTOR = 5  # lm_head, the last layer, learns better at a rate that is so many times higher
+HEAD_FACTOR = 5  # lm_head, the last layer, learns better at so many times this rate
 BETAS = (0.7, 0.99)  # of AdamW: 0.7 averages gradients over some 3 steps, the usual 0.9 over 10
 EVAL_AT = (1 / 30, 1 / 10, 1 / 3, 1)  # of all steps: with 3000, after 100, 300, 1000 and 3000
 SEED = 1337
@@ -104,8 +104,8 @@ class Config:
     block_size: int = 8  # how many characters the model can look at
     n_layer: int = 1
     n_head: int = 1
-    n_embd: int = 65  # one for each character of Tiny Shakespeare
-    dropout: float = 0.0  # the notebook has 0.2; here, threads would race for its random numbers
+    n_embd: int = 65  # as many as Tiny Shakespeare has different characters
+    dropout: float = 0.0  # the notebook has 0.2; here, models in threads share one random generator
 
 
 class Bigram(nn.Embedding):
@@ -164,7 +164,7 @@ class Block(nn.Module):
         self.ln2 = nn.LayerNorm(config.n_embd)
         self.feed_forward = FeedForward(config)
 
-    # generate_cached computes the same with a cache: if you change one, change the other.
+    # generate_cached repeats this and the modules that it calls: if you change one, change both.
     def forward(self, x):  # (B, T, C)
         x = x + self.attention(self.ln1(x))  # (B, T, C)
         return x + self.feed_forward(self.ln2(x))  # (B, T, C)
@@ -195,8 +195,8 @@ def gpt(config):
     return Model(config, [Block] * config.n_layer, nn.LayerNorm)
 
 
-Rung = namedtuple("Rung", "name, adds, make")  # what it adds to the one before, how to make it
-RUNGS = [
+Rung = namedtuple("Rung", "name, adds, make")  # a step to GPT; make(config) gives its model
+RUNGS = [  # yours go in between: the first must be a bigram, and a GPT is loaded from the last
     Rung("bigram", "a table of logits", Bigram),
     Rung("position", "token and position embedded", Model),
     Rung("attention", "positions talk", lambda c: Model(c, [CausalSelfAttention])),
@@ -207,7 +207,7 @@ RUNGS = [
 
 def initialize(make, config, seed):
     """A new model with orthogonal matrices (Saxe et al., 2014), drawn from the seed alone."""
-    # 2.0 was better than 1.0 and 4.0. 0.3 makes all characters about equally likely at first.
+    # Gains scale the matrices. 2.0 was better than 1.0 and 4.0. With 0.3, all odds begin as equal.
     gains = {"token_embedding.weight": 2.0, "position_embedding.weight": 2.0, "lm_head.weight": 0.3}
     torch.manual_seed(seed)
     model = make(config)
@@ -218,7 +218,7 @@ def initialize(make, config, seed):
 
 
 # --------------------------------------------------------------------------------------- training
-def progress(items, title):  # a bar, unless a pipe or a file would tear it
+def progress(items, title):  # a bar, if it has a title and all goes to a terminal
     shown = title and sys.stdout.isatty() and sys.stderr.isatty()
     return tqdm(items, title, leave=False, disable=not shown)
 
@@ -244,7 +244,7 @@ def exact_loss(model, ids, title=None):
 def shuffled_batches(ids, block_size, batch_size, seed):
     """Yield (B, T) inputs and targets forever."""
     # The lecture draws windows at random places. Our inputs do not overlap, and come in random
-    # order: 3000 steps take three quarters of them, so no window comes twice.
+    # order: 3000 steps take three quarters of Tiny Shakespeare's, so none comes twice.
     windows = ids.unfold(0, block_size + 1, block_size)  # (N, T + 1)
     generator = torch.Generator().manual_seed(seed)
     while True:
@@ -315,10 +315,10 @@ def choose(logits, temperature=1.0, top_k=0, generator=None):
 
 @torch.inference_mode()
 def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=0, generator=None):
-    """Continue idx, (B, T), as generate does, but compute only the newest position. For a GPT.
+    """Continue idx, (B, T), but compute each position of a window only once. For a GPT.
 
-    Each block caches the keys and values of earlier positions. They depend on these positions: when
-    the window is full, we start again with its last half. UserError if logits are not finite.
+    Each block caches keys and values. They depend on the place in the window: when it is full, we
+    go on from its last half, where generate moves by one. UserError if logits are not finite.
     """
     block_size = model.config.block_size
     n_head = model.config.n_head
@@ -372,7 +372,7 @@ def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=0, genera
 # --------------------------------------------------------------------- files: texts and checkpoints
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-# Used without a network. The large model wrote it: sample --tokens 500000 --seed 1 --temperature 1
+# If there is no network. The large model wrote it: --tokens 500000 --seed 1 --temperature 1
 FALLBACK = HERE / "assets" / "more.txt"
 
 
@@ -404,7 +404,7 @@ def read_text(path):
     if path.resolve() == TEXT and not path.exists():
         download_text()
     try:
-        return path.read_text(encoding="utf-8-sig")  # line ends of Windows become \n
+        return path.read_text(encoding="utf-8-sig")  # no BOM; Windows' line ends become \n
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8: convert it") from None
 
@@ -417,7 +417,7 @@ def save(path, model, vocab, training):
 
 
 def load(path, text_path=TEXT):
-    """The model, vocabulary and training record in a checkpoint, ours or the lecture's."""
+    """The model, vocabulary and training record of a file. The lecture's files need their text."""
     content = io.BytesIO(path.read_bytes())
     try:
         checkpoint = torch.load(content, map_location="cpu", weights_only=True)  # runs no code
@@ -426,12 +426,12 @@ def load(path, text_path=TEXT):
     try:
         if isinstance(checkpoint, dict) and "vocab" in checkpoint:
             return build(checkpoint)
-        import lecture  # finds out what the lecture's files do not say, by trying it on a text
+        import lecture  # finds what the lecture's files do not say, by trying models on the text
 
         ours, notice = lecture.convert(checkpoint, read_text(text_path), loss_of)
         print(notice, file=sys.stderr)
         return build(ours)
-    except (UserError, OSError, ImportError):  # of the text, or a missing lecture.py
+    except (UserError, OSError, ImportError):  # without a text or lecture.py: it says so
         raise
     except Exception as error:  # whatever does not fit
         raise UserError(f"{path} holds another model: {error!s:.300}") from None
@@ -440,20 +440,20 @@ def load(path, text_path=TEXT):
 def build(checkpoint):
     """The model, vocabulary and training record in a dict. All shapes must fit."""
     model = gpt(Config(**checkpoint["config"]))
-    if "ln_f.weight" not in checkpoint["model"]:  # some who typed the lecture's code never used it
+    if "ln_f.weight" not in checkpoint["model"]:  # some of the lecture's models have none
         model.ln_f = nn.Identity()
     model.load_state_dict(checkpoint["model"])
     return model.eval(), checkpoint["vocab"], dict(checkpoint["training"])
 
 
 def loss_of(checkpoint, text):
-    """The loss on a text of the model that is in a dict."""
+    """The loss that the model in a dict has on a text."""
     model, vocab, _ = build(checkpoint)
-    return exact_loss(model, encode(text, vocab))
+    return exact_loss(model, encode(text, vocab, "the text"))
 
 
 # ------------------------------------------------------------------------------------ three actions
-Grown = namedtuple("Grown", "title, model, curve, training")  # of a rung, with what train returned
+Grown = namedtuple("Grown", "title, model, curve, training")  # train returned the last two
 
 
 def grow(args):
@@ -468,7 +468,7 @@ def grow(args):
         text = read_text(path)
         print(f"WARNING: {error}; using {path}, so losses differ", file=sys.stderr)
     vocab = vocabulary(text)
-    if len(vocab) > 10_000:
+    if len(vocab) > 10_000:  # counting needs a table of V x V
         raise UserError(f"{path} has {len(vocab):,} different characters: 10,000 at most")
     config = Config(len(vocab))
     train_ids, val_ids = split(encode(text, vocab), config.block_size, path)  # (N,) each
@@ -480,10 +480,10 @@ def grow(args):
     counted = counted_bigram(train_ids, val_ids, len(vocab))
     print(row("0 counting", "pairs counted, not trained", "", *map("{:.4f}".format, counted)))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for each model: two would add in another order, and round otherwise
+    torch.set_num_threads(1)  # per model: two would add in another order and round differently
     models = [initialize(rung.make, config, args.seed) for rung in RUNGS]
     titles = [f"{number} {rung.name}" for number, rung in enumerate(RUNGS, start=1)]
-    same = [repeat(value) for value in (train_ids, val_ids, args.steps, args.seed)]  # for all
+    same = [repeat(value) for value in (train_ids, val_ids, args.steps, args.seed)]
     results = ThreadPoolExecutor(os.cpu_count()).map(train, models, *same, titles)
     grown = []
     for rung, title, model, (curve, training) in zip(RUNGS, titles, models, results):
@@ -542,7 +542,7 @@ def draw(axes, grown, counted):
 
 def sample(args):
     """Continue a prompt: print one text while it is drawn, or several, drawn as one batch."""
-    if args.temperature != 0 and not 0.01 <= args.temperature <= 100:  # nor nan
+    if args.temperature != 0 and not 0.01 <= args.temperature <= 100:  # refuses nan, too
         raise UserError("--temperature must be 0, or from 0.01 to 100")
     model, vocab, _ = load(args.weights, args.input)
     prompt = args.prompt
@@ -585,7 +585,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def within(low, high=2**32):  # a type for add_argument
-    def whole_number(text):
+    def whole_number(text):  # argparse shows this name
         value = int(text)
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be from {low} to {high:,}, not {text}")
@@ -630,7 +630,7 @@ def main(argv):
         args = parse(argv)
         {"grow": grow, "sample": sample, "evaluate": evaluate}[args.action](args)
         return 0
-    except (UserError, OSError, UnicodeError, ImportError) as error:
+    except (UserError, OSError, UnicodeError, ImportError, AssertionError) as error:
         if isinstance(error, OSError) and error.errno in closed_pipe and not error.filename:
             return 141  # as by `| head`: 128 + 13 is the status of a program that SIGPIPE ends
         print("error:", *str(error).splitlines(), file=sys.stderr)

@@ -179,6 +179,13 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_training(call, monke
     assert (status, out) == (2, "") and "not permitted" in err
 
 
+def test_training_without_a_loss_ends_in_one_line(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpt, "LEARNING_RATE", 1e9)
+    status, _, err = call("--input", "text.txt", "--steps", 30, "--out", tmp_path)
+    assert status == 2 and not list(tmp_path.iterdir())
+    assert re.fullmatch(r"error: no loss at step \d+ \(1 bigram\): lower LEARNING_RATE\n", err)
+
+
 def test_a_missing_library_is_found_before_training(call, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     status, out, err = call("--input", "text.txt")
