@@ -1,6 +1,7 @@
 """The script as people run it: its output, its files and its answers to mistakes."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import math
@@ -78,8 +79,7 @@ def test_a_rung_that_people_insert_is_grown_and_changes_no_other(grown, tmp_path
     (tmp_path / "grow.py").write_text(script.replace(last, inserted + last), encoding="utf-8")
     options = "--input", folder / "text.txt", "--steps", 40, "--seed", 5
     result = run(tmp_path / "grow.py", *options, command=[sys.executable], cwd=tmp_path)
-    rows = result.stdout.decode().splitlines()
-    before = first.stdout.decode().splitlines()
+    rows, before = (each.stdout.decode().splitlines() for each in (result, first))
     assert rows[:8] == before[:8]  # up to rung 4
     assert rows[8].startswith("5 twice        talk twice")
     assert rows[9] == before[8].replace("5 block", "6 block")
@@ -122,11 +122,11 @@ def test_a_prompt_from_stdin_is_utf_8_with_any_line_ends(grown):
 
 
 def test_a_closed_pipe_ends_growth_quietly(grown, tmp_path):
-    options = "--input", grown[0] / "text.txt", "--steps", "1000", "--out", tmp_path
+    options = "--input", grown[0] / "text.txt", "--steps", "5000", "--out", tmp_path
     with subprocess.Popen([*COMMAND, *options], **PIPES) as process:
         process.stdout.readline()
         process.stdout.close()
-        assert process.wait(timeout=60) == 141 and process.stderr.read() == b""
+        assert process.wait(timeout=20) == 141 and process.stderr.read() == b""
 
 
 def test_an_ascii_terminal_gets_question_marks_and_ctrl_c_ends_sampling_quietly(grown):
@@ -177,6 +177,21 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_training(call, monke
     monkeypatch.setattr(gpt, "counted_bigram", None)
     status, out, err = call("--input", "text.txt")
     assert (status, out) == (2, "") and "not permitted" in err
+
+
+def test_a_file_name_that_windows_does_not_allow_is_no_closed_pipe(call, monkeypatch):
+    error = OSError(errno.EINVAL, "Invalid argument", "what?.txt")
+    monkeypatch.setattr(gpt, "read_text", Mock(side_effect=error))
+    assert call("--input", "what?.txt") == (2, "", f"error: {error}\n")
+
+
+@pytest.mark.parametrize("out, err, title", [(1, 1, "x"), (0, 1, "x"), (1, 0, "x"), (1, 1, "")])
+def test_a_bar_needs_a_title_and_a_terminal(monkeypatch, out, err, title):
+    for name, is_terminal in (("stdout", out), ("stderr", err)):
+        monkeypatch.setattr(sys, name, io.StringIO())
+        monkeypatch.setattr(getattr(sys, name), "isatty", lambda value=is_terminal: value)
+    assert list(gpt.progress("ab", title)) == ["a", "b"]
+    assert ("x:" in sys.stderr.getvalue()) == bool(out and err and title)
 
 
 def test_training_without_a_loss_ends_in_one_line(call, monkeypatch, tmp_path):

@@ -85,6 +85,12 @@ def test_sample_and_evaluate_take_the_lectures_weights(load, trained, tmp_path, 
         assert float(line[1]) == pytest.approx(gpt.exact_loss(trained, ids), abs=1e-4)
 
 
+def test_a_missing_text_is_named(load, trained, tmp_path):
+    load(lecture_weights(trained))
+    with pytest.raises(FileNotFoundError, match="no.txt"):
+        gpt.load(tmp_path / "theirs.pt", tmp_path / "no.txt")
+
+
 def test_the_last_layer_norm_may_be_one_of_the_blocks_or_untrained_or_missing(load, trained):
     weights = lecture_weights(trained)
     in_blocks = {name.replace("ln_f", "blocks.2"): value for name, value in weights.items()}
