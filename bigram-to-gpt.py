@@ -306,7 +306,7 @@ def choose(logits, temperature=1.0, top_k=0, generator=None):
     """Draw an id, (B, 1), for each row of logits, (B, V). Temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    if top_k > 0:  # all but the top_k highest become -inf
+    if top_k > 0:  # all but the top_k highest become -inf; 0 means no limit
         kept = logits.topk(min(top_k, logits.shape[-1]))  # (B, top_k)
         logits = torch.full_like(logits, -math.inf).scatter(-1, kept.indices, kept.values)
     probabilities = (logits / temperature).softmax(dim=-1)  # (B, V)
@@ -372,7 +372,7 @@ def generate_cached(model, idx, max_new_tokens, temperature=1.0, top_k=0, genera
 # --------------------------------------------------------------------- files: texts and checkpoints
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-# If there is no network. The large model wrote it: --tokens 500000 --seed 1 --temperature 1
+# Without a network. The large model wrote it: sample --tokens 500000 --seed 1 --temperature 1
 FALLBACK = HERE / "assets" / "more.txt"
 
 
