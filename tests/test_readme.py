@@ -23,12 +23,8 @@ def test_counting_has_the_losses_that_the_table_says():
     text = gpt.read_text(gpt.TEXT)
     vocab = gpt.vocabulary(text)
     losses = gpt.counted_bigram(*gpt.split(gpt.encode(text, vocab), 8), len(vocab))
-    assert ROWS[0] == (
-        "0 counting",
-        "pairs counted, not trained",
-        "",
-        *map("{:.4f}".format, losses),
-    )
+    assert ROWS[0][:3] == ("0 counting", "pairs counted, not trained", "")
+    assert ROWS[0][3:] == tuple(map("{:.4f}".format, losses))
 
 
 @needs_text
