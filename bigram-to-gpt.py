@@ -424,13 +424,14 @@ def load(path, text_path=TEXT):
     except Exception:  # a damaged file makes torch.load raise almost anything
         raise UserError(f"{path} is damaged, or not by torch.save(model.state_dict(), ...)")
     try:
-        if isinstance(checkpoint, dict) and "vocab" in checkpoint:
-            return build(checkpoint)
-        import lecture  # finds what the lecture's files do not say, by trying models on the text
+        parts = checkpoint if isinstance(checkpoint, dict) else {}
+        ours = {"blocks.0.attention.qkv.weight", "blocks.0.feed_forward.up.weight"}
+        if "config" not in parts or not ours <= set(parts.get("model", ())):
+            import lecture  # finds what the lecture's files do not say, by trying models on the text
 
-        ours, notice = lecture.convert(checkpoint, read_text(text_path), loss_of)
-        print(notice, file=sys.stderr)
-        return build(ours)
+            checkpoint, notice = lecture.convert(checkpoint, read_text(text_path), loss_of)
+            print(notice, file=sys.stderr)
+        return build(checkpoint)
     except (UserError, OSError, ImportError):  # without a text or lecture.py: it says so
         raise
     except Exception as error:  # whatever does not fit

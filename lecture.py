@@ -1,150 +1,191 @@
 """Turn weights from the lecture's own code into checkpoints of this project.
 
-Did you type along with "Let's build GPT" and save your model's state_dict? Then sample from it:
-
-    python bigram-to-gpt.py sample --weights yours.pt
-
-The script calls this module when it meets such a file. The two models compute the same, but some
-things have other names or shapes. In the lecture, each head of attention has three small matrices;
-here one matrix, qkv, stacks all of them. The lecture's masks (tril) are not parameters and are left
-out. And some layers are renamed.
+Who types along chooses other names: ffwd becomes mlp, sa becomes attn. Some forget bias=False, leave
+out other biases, or have one matrix for all heads. torch.compile puts _orig_mod. before all names.
+Many files have more than weights: characters, sizes, an optimizer. So we recognise a layer by its
+place (in a block or outside) and its shape. Names only decide between layers of the same shape.
 """
 
 import math
+import re
+from collections import Counter, defaultdict
 
 import torch
 
-RENAMED = {  # the lecture's names, and ours
-    "_embedding_table.": "_embedding.",
-    ".sa.proj.": ".attention.proj.",
-    ".ffwd.net.0.": ".feed_forward.up.",
-    ".ffwd.net.2.": ".feed_forward.down.",
+# Our layers, and patterns for the lecture's: their shapes and names. The first that fits is taken.
+# C is n_embd, n any other size. Names are in lower case, with "bias" at the end if there is one.
+OUTSIDE = {
+    "ln_f": "C: ",
+    "position_embedding": r"\w+ C: .*(pos|time|pe\b)",
+    "lm_head": r"\w+ C: .*(bias|head|out|logit|un_?emb|lin|fc|proj|class|decoder\b)",
+    "token_embedding": r"\w+ C: ",
 }
-OUTSIDE = "token_embedding_table.weight position_embedding_table.weight lm_head.weight lm_head.bias"
-BLOCK = (
-    "ln1.weight ln1.bias sa.proj.weight sa.proj.bias ln2.weight ln2.bias "
-    "ffwd.net.0.weight ffwd.net.0.bias ffwd.net.2.weight ffwd.net.2.bias"
-)
-# The parts of the lecture's earlier stages, those without blocks.
-EARLIER = {"token_embedding_table", "position_embedding_table", "sa_head", "sa_heads", "ffwd"}
-EARLIER |= {"ln_f", "lm_head"}
+HEAD = {
+    "query": r"[nC] C: (.*[^a-z])?w?(q|quer\w*)([^a-z]|$)",
+    "key": r"[nC] C: (.*[^a-z])?w?(k|key\w*)([^a-z]|$)",
+    "value": r"[nC] C: (.*[^a-z])?w?(v|val\w*)([^a-z]|$)",
+}
+BLOCK = {
+    "ln2": r"C: .*(2|second|ff|feed|mlp|post|after|s\.1\b)",
+    "ln1": "C: ",
+    "attention.qkv": "3C C: ",
+    "attention.proj": "C C: ",
+    "feed_forward.up": "4C C: (?!.*c_fc)",  # after c_fc, GPT-2 and nanoGPT have no ReLU
+    "feed_forward.down": "C 4C: ",
+}
+NAME = r"(?:(.*?(?<!heads)(?<!head)\.\d+)\.)?(.*)"  # blocks.0 or nothing, then the rest of a name
+N_HEAD = r"(n|num)?_?(attention_|attn_)?heads?|h"  # what people call the number of heads
 
 
 def convert(checkpoint, text, loss_of):
     """A checkpoint of ours, as a dict, and a line that says how well it fits the text.
 
-    The code on GitHub divides attention scores by the root of head_size, as we do. The video and
-    its Colab notebook divide them by the root of n_embd, which is larger by the root of n_head.
-    So their queries have to be divided by the root of n_head. loss_of(checkpoint, text) shows which
-    of the two it is. ValueError if this is not a state_dict of the lecture's last model, or a dict
-    that holds one.
+    The checkpoint is a state_dict of the lecture's last model, or contains one. ValueError if it is
+    another model, or if the text does not have its characters.
     """
-    beginning = text[:5000]
-    github = for_github(checkpoint, "".join(sorted(set(text))))
-    video = for_video(github)
-    video_loss = loss_of(video, beginning)
-    untrained = math.log(len(github["vocab"]))
-    chosen = github
-    version = "code on GitHub"
-    loss = loss_of(github, beginning)
-    if video_loss < 0.98 * loss and video_loss < 0.8 * untrained:
-        chosen = video
-        version = "video or Colab notebook"
-        loss = video_loss
-    line = f"weights that fit the lecture's {version}: loss {loss:.2f} on the first "
-    line += f"{len(beginning):,} characters ({untrained:.2f} if untrained)"
+    parts = list(walk(checkpoint))
+    weights, biases = find_tensors(parts)
+    layers = recognise(weights, biases)
+    model = {}
+    for ours, theirs in layers.items():
+        zeros = [weights[name].new_zeros(len(weights[name])) for name in theirs]
+        model[f"{ours}.weight"] = torch.cat([weights[name] for name in theirs])
+        model[f"{ours}.bias"] = torch.cat(list(map(biases.get, theirs, zeros)))
+    del model["token_embedding.bias"], model["position_embedding.bias"]
+    if "ln_f" in layers and (model["ln_f.weight"] == 1).all() and not model["ln_f.bias"].any():
+        del model["ln_f.weight"], model["ln_f.bias"]  # never trained, so the model did not use it
+    V, C = model["token_embedding.weight"].shape
+    T = len(model["position_embedding.weight"])
+
+    heads = layers["blocks.0.attention.qkv"]
+    n_head = len(heads) // 3
+    if n_head < 2 and not re.search(r"heads?\.0", heads[0].lower()):
+        stated = [n for key, n in parts if type(n) is int and re.fullmatch(N_HEAD, str(key).lower())]
+        if not stated:
+            raise ValueError(f"how many heads has {heads[0]}? Save this number with it, as 'n_head'")
+        n_head = stated[0]
+    n_layer = sum("qkv" in name for name in layers)
+    for n in range(n_layer):
+        # Our qkv has no bias. A bias of ln1 can do what one of queries did. What this and one of
+        # values add is the same everywhere: proj's bias can do it. Softmax ignores one of keys.
+        qkv = model[f"blocks.{n}.attention.qkv.weight"]  # (3 C, C)
+        if len(qkv) != 3 * C:
+            raise ValueError(f"n_head ({n_head}) times the size of a head is not n_embd ({C})")
+        query, _, value = qkv.chunk(3)  # (C, C) each
+        query_bias, _, value_bias = model.pop(f"blocks.{n}.attention.qkv.bias").chunk(3)  # (C,)
+        shift = torch.linalg.lstsq(query, query_bias[:, None]).solution[:, 0]  # (C,)
+        proj = model[f"blocks.{n}.attention.proj.weight"]  # (C, C)
+        model[f"blocks.{n}.attention.proj.bias"] += proj @ (value_bias - value @ shift)
+        model[f"blocks.{n}.ln1.bias"] += shift
+
+    config = dict(vocab_size=V, block_size=T, n_layer=n_layer, n_head=n_head, n_embd=C)
+    vocab = find_vocab(parts, text, V)
+    return choose_scale(dict(config=config, vocab=vocab, model=model, training={}), text, loss_of)
+
+
+def recognise(weights, biases):
+    """Our names of layers, each with the names of theirs: {ours: [theirs, ...]}; qkv may have many.
+
+    ValueError if there are no blocks, or if a layer is unknown, missing, or there twice.
+    """
+    sizes = Counter(weight.shape[-1] for weight in weights.values())
+    C = max(sizes, key=sizes.get, default=0)
+    letters = {C: "C", 3 * C: "3C", 4 * C: "4C"}
+    layers = defaultdict(list)
+    unexpected = []
+    blocks = {None: ""}  # and what our names begin with
+    for name in sorted(weights | biases, key=lambda name: list(map(int, re.findall(r"\d+", name)))):
+        block, words = re.fullmatch(NAME, name.lower()).groups()
+        ours = blocks.setdefault(block, f"blocks.{len(blocks) - 1}.")
+        shape = " ".join(letters.get(size, "n") for size in weights[name].shape)
+        if name in biases:
+            words += " bias"
+        roles = HEAD | BLOCK if block else OUTSIDE
+        fits = [role for role in roles if re.match(roles[role], f"{shape}: {words}")]
+        if not fits or HEAD.keys() & fits[1:] or fits[0] not in HEAD and layers[ours + fits[0]]:
+            unexpected.append(name)
+        else:
+            layers[ours + fits[0]].append(name)
+    if len(blocks) == 1:
+        names = ", ".join(list(weights)[:3])
+        raise ValueError(f"no blocks: an earlier stage of the lecture, or another model ({names})")
+
+    layers["lm_head"] = layers["lm_head"] or layers["token_embedding"]  # tied: one matrix for both
+    missing = [ours for ours in ("token_embedding", "position_embedding") if not layers[ours]]
+    for ours in list(blocks.values())[1:]:
+        for kind in HEAD:
+            layers[ours + "attention.qkv"] += layers.pop(ours + kind, [])
+        missing += [ours + role for role in BLOCK if not layers[ours + role]]
+    if unexpected or missing:
+        raise ValueError(f"unexpected {', '.join(unexpected) or 'nothing'}, missing {missing}")
+    return layers
+
+
+def choose_scale(ours, text, loss_of):
+    """The checkpoint with the scale of attention scores that has the lowest loss, and a line."""
+    beginning = "".join(character for character in text[:5000] if character in ours["vocab"])
+    if len(beginning) < 2:
+        raise ValueError(f"it knows {ours['vocab'][:99]!r}, the text has none of it: see --input")
+    C = ours["config"]["n_embd"]
+    root = math.sqrt(C / ours["config"]["n_head"])
+    divisors = {"the root of head_size": root, "the root of n_embd": math.sqrt(C), "1": 1}
+    tried = []
+    for name, divisor in divisors.items():
+        factors = torch.ones(3 * C, 1)
+        factors[:C] = root / divisor  # larger queries do what a smaller divisor does
+        qkv = {key: factors * ours["model"][key] for key in ours["model"] if "qkv" in key}
+        scaled = ours | {"model": ours["model"] | qkv}
+        tried.append((loss_of(scaled, beginning), name, scaled))
+    loss, name, best = min(tried)
+    untrained = math.log(len(ours["vocab"]))
+    warning = ""
     if not loss < 0.8 * untrained:  # nan, too
-        line += "; WARNING: another text, or a changed model?"
-    return chosen, line
+        loss, name, best = tried[0]
+        warning = "; WARNING: another text, or a changed model?"
+    line = f"the lecture's model, attention scores divided by {name}: loss {loss:.2f} on the first "
+    line += f"{len(beginning):,} characters; your own training loss should be near this (by "
+    line += ", by ".join(f"{name}: {loss:.2f}" for loss, name, _ in tried)
+    return best, f"{line}; untrained: {untrained:.2f}){warning}"
 
 
-def for_github(checkpoint, vocab):
-    """A checkpoint of ours that computes what the code on GitHub does with these weights."""
-    prefix, theirs = find_weights(checkpoint)
-    n_layer = len({name.split(".")[1] for name in theirs if name.startswith("blocks.")})
-    if f"blocks.{n_layer - 1}.weight" in theirs:  # a stage in which ln_f was the last of the blocks
-        n_layer -= 1
-        last = f"blocks.{n_layer}."
-        theirs = {name.replace(last, "ln_f."): theirs[name] for name in theirs}
-    # The part of a name at place 4 is the number of a head: blocks.0.sa.heads.NUMBER.key.weight.
-    heads = {name.split(".")[4] for name in theirs if name.startswith("blocks.0.sa.heads.")}
-    n_head = max(1, len(heads))  # if there is none, check_names says which name is missing
-    parts = our_parts(n_layer, n_head, "ln_f.weight" in theirs)
-    check_names(theirs, [name for names in parts.values() for name in names], prefix)
+def find_tensors(parts):
+    """The weights and biases of layers, {name: tensor} each: from the dict with most tensors."""
+    dicts = [part for _, part in parts if isinstance(part, dict)]
+    tensors = max(dicts, key=lambda part: sum(map(torch.is_tensor, part.values())), default={})
+    weights = defaultdict(lambda: torch.empty(0))
+    biases = {}
+    for name, tensor in tensors.items():
+        if not torch.is_tensor(tensor) or not tensor.is_floating_point() or tensor.dim() == 0:
+            continue
+        if tensor.dim() > 2:
+            tensor = tensor.flatten(0, -2)  # a mask of (1, 1, T, T), or positions of (1, T, C)
+        if tensor.dim() == 1 or not torch.equal(tensor, torch.ones_like(tensor).tril()):
+            layer, kind = re.fullmatch(r"(.+?)[._]?(weight|gamma|bias|beta|)", str(name)).groups()
+            kinds = biases if kind in ("bias", "beta") else weights
+            kinds[layer] = tensor.double()
+    return weights, biases
 
-    ours = {name: torch.cat([theirs[part].float() for part in parts[name]]) for name in parts}
-    if "ln_f.weight" in ours and (ours["ln_f.weight"] == 1).all() and not ours["ln_f.bias"].any():
-        del ours["ln_f.weight"], ours["ln_f.bias"]  # never trained, so the model did not use it
-    V, C = ours["token_embedding.weight"].shape
-    T = len(ours["position_embedding.weight"])
-    if len(ours["blocks.0.attention.qkv.weight"]) != 3 * C:
-        raise ValueError(f"n_head ({n_head}) times the size of a head is not n_embd ({C})")
+
+def find_vocab(parts, text, V):
+    """The V characters in the order of their ids, from a string, list, stoi, itos, or the text."""
+    for _, part in parts:
+        if isinstance(part, dict) and set(map(type, part.values())) == {int}:
+            part = {i: character for character, i in part.items()}  # stoi becomes itos
+        if isinstance(part, dict):
+            part = [part.get(i) for i in range(V)]
+        if isinstance(part, (str, list, tuple)) and list(map(type, part)) == [str] * V:
+            return "".join(part)
+    vocab = "".join(sorted(set(text)))
+    if len(vocab) == V - 1:
+        vocab = "".join(sorted(vocab + "\ufeff"))  # a byte order mark, read as a character
     if len(vocab) != V:
         raise ValueError(f"the model knows {V} characters, the text has {len(vocab)}: see --input")
-    config = dict(vocab_size=V, block_size=T, n_layer=n_layer, n_head=n_head, n_embd=C)
-    return dict(config=config, vocab=vocab, model=ours, training={})
+    return vocab
 
 
-def for_video(github):
-    """The same for the video's code: a copy with smaller queries."""
-    weights = dict(github["model"])
-    C = github["config"]["n_embd"]
-    for n in range(github["config"]["n_layer"]):
-        query, key_and_value = weights[f"blocks.{n}.attention.qkv.weight"].split((C, 2 * C))
-        query = query / math.sqrt(github["config"]["n_head"])
-        weights[f"blocks.{n}.attention.qkv.weight"] = torch.cat((query, key_and_value))  # (3 C, C)
-    return github | {"model": weights}
-
-
-def find_weights(checkpoint):
-    """The prefix of the names in a checkpoint, and its weights without prefix and masks.
-
-    The checkpoint is a state_dict of the lecture's last model, or a dict that holds one. If the
-    model was compiled, all names begin with "_orig_mod.".
-    """
-    if not isinstance(checkpoint, dict):
-        raise ValueError("it holds no dict of weights")
-    dicts = [part for part in (checkpoint, *checkpoint.values()) if isinstance(part, dict)]
-    for weights in dicts:
-        for key in map(str, weights):
-            if key.endswith("token_embedding_table.weight"):
-                prefix = key.removesuffix("token_embedding_table.weight")
-                named = {str(name).removeprefix(prefix): weights[name] for name in weights}
-                return prefix, {name: named[name] for name in named if not name.endswith("tril")}
-    found = ", ".join(map(str, list(max(dicts, key=len))[:3]))
-    raise ValueError(
-        f"neither the lecture's weights nor a file from grow or the notebook's last cells: {found}"
-    )
-
-
-def our_parts(n_layer, n_head, ln_f):
-    """Our names, each with the lecture's names of the tensors that are stacked in it."""
-    names = OUTSIDE.split() + (["ln_f.weight", "ln_f.bias"] if ln_f else [])
-    names += [f"blocks.{n}.{name}" for n in range(n_layer) for name in BLOCK.split()]
-    parts = {}
-    for name in names:
-        ours = name
-        for old, new in RENAMED.items():
-            ours = ours.replace(old, new)
-        parts[ours] = [name]
-    for n in range(n_layer):
-        parts[f"blocks.{n}.attention.qkv.weight"] = [
-            f"blocks.{n}.sa.heads.{head}.{kind}.weight"
-            for kind in ("query", "key", "value")
-            for head in range(n_head)
-        ]
-    return parts
-
-
-def check_names(found, wanted, prefix):
-    """ValueError if names are found that are not wanted, or the other way round."""
-    if {name.split(".")[0] for name in found} <= EARLIER:
-        raise ValueError("an earlier stage of the lecture, without blocks: only the last one fits")
-    complaints = []
-    for complaint, names, others in (("unexpected", found, wanted), ("missing", wanted, found)):
-        names = [prefix + name for name in names if name not in others]
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            complaints.append(f"{complaint} {', '.join(names[:3])}{more}")
-    if complaints:
-        raise ValueError(f"names not as in the lecture's last model: {'; '.join(complaints)}")
+def walk(part, key=""):
+    """Yield a part of a checkpoint and its key, then all that is in it."""
+    yield key, part
+    if isinstance(part, dict):
+        for inner, value in part.items():
+            yield from walk(value, inner)
