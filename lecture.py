@@ -1,6 +1,6 @@
 """Turn weights from the lecture's own code into checkpoints of this project.
 
-Who types along chooses other names: ffwd becomes mlp, sa becomes attn. Some forget bias=False, leave
+People who type along change names: ffwd becomes mlp, sa becomes attn. They forget bias=False, leave
 out other biases, or have one matrix for all heads. torch.compile puts _orig_mod. before all names.
 Many files have more than weights: characters, sizes, an optimizer. So we recognise a layer by its
 place (in a block or outside) and its shape. Names only decide between layers of the same shape.
@@ -34,7 +34,7 @@ BLOCK = {
     "feed_forward.down": "C 4C: ",
 }
 NAME = r"(?:(.*?(?<!heads)(?<!head)\.\d+)\.)?(.*)"  # blocks.0 or nothing, then the rest of a name
-N_HEAD = r"(n|num)?_?(attention_|attn_)?heads?|h"  # what people call the number of heads
+N_HEAD = r"(?i)(n|num)?_?(attention_|attn_)?heads?|h"  # what people call the number of heads
 
 
 def convert(checkpoint, text, loss_of):
@@ -60,9 +60,9 @@ def convert(checkpoint, text, loss_of):
     heads = layers["blocks.0.attention.qkv"]
     n_head = len(heads) // 3
     if n_head < 2 and not re.search(r"heads?\.0", heads[0].lower()):
-        stated = [n for key, n in parts if type(n) is int and re.fullmatch(N_HEAD, str(key).lower())]
+        stated = [n for key, n in parts if type(n) is int and re.fullmatch(N_HEAD, str(key))]
         if not stated:
-            raise ValueError(f"how many heads has {heads[0]}? Save this number with it, as 'n_head'")
+            raise ValueError(f"{heads[0]} has all heads: save how many, too, as 'n_head'")
         n_head = stated[0]
     n_layer = sum("qkv" in name for name in layers)
     for n in range(n_layer):
@@ -77,7 +77,6 @@ def convert(checkpoint, text, loss_of):
         proj = model[f"blocks.{n}.attention.proj.weight"]  # (C, C)
         model[f"blocks.{n}.attention.proj.bias"] += proj @ (value_bias - value @ shift)
         model[f"blocks.{n}.ln1.bias"] += shift
-
     config = dict(vocab_size=V, block_size=T, n_layer=n_layer, n_head=n_head, n_embd=C)
     vocab = find_vocab(parts, text, V)
     return choose_scale(dict(config=config, vocab=vocab, model=model, training={}), text, loss_of)
@@ -92,7 +91,7 @@ def recognise(weights, biases):
     C = max(sizes, key=sizes.get, default=0)
     letters = {C: "C", 3 * C: "3C", 4 * C: "4C"}
     layers = defaultdict(list)
-    unexpected = []
+    misfits = []
     blocks = {None: ""}  # and what our names begin with
     for name in sorted(weights | biases, key=lambda name: list(map(int, re.findall(r"\d+", name)))):
         block, words = re.fullmatch(NAME, name.lower()).groups()
@@ -103,21 +102,21 @@ def recognise(weights, biases):
         roles = HEAD | BLOCK if block else OUTSIDE
         fits = [role for role in roles if re.match(roles[role], f"{shape}: {words}")]
         if not fits or HEAD.keys() & fits[1:] or fits[0] not in HEAD and layers[ours + fits[0]]:
-            unexpected.append(name)
+            misfits.append(f"unexpected {name}")
         else:
             layers[ours + fits[0]].append(name)
     if len(blocks) == 1:
-        names = ", ".join(list(weights)[:3])
-        raise ValueError(f"no blocks: an earlier stage of the lecture, or another model ({names})")
+        raise ValueError(f"no blocks ({', '.join(weights):.99}): an earlier stage of the lecture?")
 
     layers["lm_head"] = layers["lm_head"] or layers["token_embedding"]  # tied: one matrix for both
-    missing = [ours for ours in ("token_embedding", "position_embedding") if not layers[ours]]
+    needed = ["token_embedding", "position_embedding"]
     for ours in list(blocks.values())[1:]:
         for kind in HEAD:
             layers[ours + "attention.qkv"] += layers.pop(ours + kind, [])
-        missing += [ours + role for role in BLOCK if not layers[ours + role]]
-    if unexpected or missing:
-        raise ValueError(f"unexpected {', '.join(unexpected) or 'nothing'}, missing {missing}")
+        needed += [ours + role for role in BLOCK]
+    misfits += [f"missing {ours}" for ours in needed if not layers[ours]]
+    if misfits:
+        raise ValueError(", ".join(misfits))
     return layers
 
 
@@ -173,7 +172,7 @@ def find_vocab(parts, text, V):
             part = {i: character for character, i in part.items()}  # stoi becomes itos
         if isinstance(part, dict):
             part = [part.get(i) for i in range(V)]
-        if isinstance(part, (str, list, tuple)) and list(map(type, part)) == [str] * V:
+        if isinstance(part, (str, list)) and V == len(part) == len("".join(map(str, part))):
             return "".join(part)
     vocab = "".join(sorted(set(text)))
     if len(vocab) == V - 1:
