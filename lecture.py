@@ -8,17 +8,18 @@ place (in a block or outside) and its shape. Names only decide between layers of
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
+from statistics import mode
 
 import torch
 
-# Our layers, and patterns for the lecture's: their shapes and names. The first that fits is taken.
-# C is n_embd, n any other size. Names are in lower case, with "bias" at the end if there is one.
+# Our layers, and patterns for "shape: name" of theirs: the first that fits counts. C is n_embd, and n
+# any size but C, 3C, 4C. Names are in lower case, without that of the block.
 OUTSIDE = {
     "ln_f": "C: ",
     "position_embedding": r"\w+ C: .*(pos|time|pe\b)",
-    "lm_head": r"\w+ C: .*(bias|head|out|logit|un_?emb|lin|fc|proj|class|decoder\b)",
-    "token_embedding": r"\w+ C: ",
+    "token_embedding": r"\w+ C: (?!.*unemb).*(tok|emb|char|wte|encoder)",
+    "lm_head": r"\w+ C: ",
 }
 HEAD = {
     "query": r"[nC] C: (.*[^a-z])?w?(q|quer\w*)([^a-z]|$)",
@@ -26,15 +27,15 @@ HEAD = {
     "value": r"[nC] C: (.*[^a-z])?w?(v|val\w*)([^a-z]|$)",
 }
 BLOCK = {
-    "ln2": r"C: .*(2|second|ff|feed|mlp|post|after|s\.1\b)",
+    "ln2": r"C: .*(2|second|ff|fwd|feed|mlp|post|after|b\b|\.1\b)",
     "ln1": "C: ",
-    "attention.qkv": "3C C: ",
+    "attention.qkv": "3C C: (?!.*(kqv|kvq|vkq|vqk|qvk))",
     "attention.proj": "C C: ",
     "feed_forward.up": "4C C: (?!.*c_fc)",  # after c_fc, GPT-2 and nanoGPT have no ReLU
     "feed_forward.down": "C 4C: ",
 }
-NAME = r"(?:(.*?(?<!heads)(?<!head)\.\d+)\.)?(.*)"  # blocks.0 or nothing, then the rest of a name
-N_HEAD = r"(?i)(n|num)?_?(attention_|attn_)?heads?|h"  # what people call the number of heads
+NAME = r"(?:(.*?(?<!heads\.)(?<!head\.)(?<!\d)\d+)\.)?(.*)"  # blocks.0 or nothing, and the rest
+N_HEAD = r"(?i)(n|num)?_?(attention_|attn_)?heads?"  # what people call the number of heads
 
 
 def convert(checkpoint, text, loss_of):
@@ -44,39 +45,41 @@ def convert(checkpoint, text, loss_of):
     another model, or if the text does not have its characters.
     """
     parts = list(walk(checkpoint))
-    weights, biases = find_tensors(parts)
+    weights, biases, masks = find_tensors(parts)
     layers = recognise(weights, biases)
+    biases = {name: weight.new_zeros(len(weight)) for name, weight in weights.items()} | biases
     model = {}
     for ours, theirs in layers.items():
-        zeros = [weights[name].new_zeros(len(weights[name])) for name in theirs]
         model[f"{ours}.weight"] = torch.cat([weights[name] for name in theirs])
-        model[f"{ours}.bias"] = torch.cat(list(map(biases.get, theirs, zeros)))
+        model[f"{ours}.bias"] = torch.cat([biases[name] for name in theirs])
     del model["token_embedding.bias"], model["position_embedding.bias"]
-    if "ln_f" in layers and (model["ln_f.weight"] == 1).all() and not model["ln_f.bias"].any():
-        del model["ln_f.weight"], model["ln_f.bias"]  # never trained, so the model did not use it
+    if "ln_f" in layers and (model["ln_f.weight"] == 1).all():
+        del model["ln_f.weight"], model["ln_f.bias"]  # never trained: the model did not use it
     V, C = model["token_embedding.weight"].shape
-    T = len(model["position_embedding.weight"])
-
+    T = min(map(len, [model["position_embedding.weight"], *masks]))  # some tables are too long
+    model["position_embedding.weight"] = model["position_embedding.weight"][:T]
     heads = layers["blocks.0.attention.qkv"]
-    n_head = len(heads) // 3
-    if n_head < 2 and not re.search(r"heads?\.0", heads[0].lower()):
+    n_head = len(heads) // 3 or 1
+    if n_head == 1 and not re.search(r"heads?\.0", heads[0].lower()):  # one matrix for all heads
         stated = [n for key, n in parts if type(n) is int and re.fullmatch(N_HEAD, str(key))]
         if not stated:
             raise ValueError(f"{heads[0]} has all heads: save how many, too, as 'n_head'")
         n_head = stated[0]
     n_layer = sum("qkv" in name for name in layers)
     for n in range(n_layer):
-        # Our qkv has no bias. A bias of ln1 can do what one of queries did. What this and one of
-        # values add is the same everywhere: proj's bias can do it. Softmax ignores one of keys.
         qkv = model[f"blocks.{n}.attention.qkv.weight"]  # (3 C, C)
         if len(qkv) != 3 * C:
             raise ValueError(f"n_head ({n_head}) times the size of a head is not n_embd ({C})")
-        query, _, value = qkv.chunk(3)  # (C, C) each
-        query_bias, _, value_bias = model.pop(f"blocks.{n}.attention.qkv.bias").chunk(3)  # (C,)
-        shift = torch.linalg.lstsq(query, query_bias[:, None]).solution[:, 0]  # (C,)
-        proj = model[f"blocks.{n}.attention.proj.weight"]  # (C, C)
-        model[f"blocks.{n}.attention.proj.bias"] += proj @ (value_bias - value @ shift)
-        model[f"blocks.{n}.ln1.bias"] += shift
+        bias = model.pop(f"blocks.{n}.attention.qkv.bias")  # (3 C,)
+        if bias.any():
+            # We have no such biases. A shift of the input gives queries theirs. Those of values,
+            # less what the shift adds to values, go to proj's. Softmax cancels those of keys.
+            query, _, value = qkv.chunk(3)  # (C, C) each
+            query_bias, _, value_bias = bias.chunk(3)  # (C,) each
+            shift = torch.linalg.solve(query, query_bias)  # (C,)
+            proj = model[f"blocks.{n}.attention.proj.weight"]  # (C, C)
+            model[f"blocks.{n}.attention.proj.bias"] += proj @ (value_bias - value @ shift)
+            model[f"blocks.{n}.ln1.bias"] += shift
     config = dict(vocab_size=V, block_size=T, n_layer=n_layer, n_head=n_head, n_embd=C)
     vocab = find_vocab(parts, text, V)
     return choose_scale(dict(config=config, vocab=vocab, model=model, training={}), text, loss_of)
@@ -87,34 +90,33 @@ def recognise(weights, biases):
 
     ValueError if there are no blocks, or if a layer is unknown, missing, or there twice.
     """
-    sizes = Counter(weight.shape[-1] for weight in weights.values())
-    C = max(sizes, key=sizes.get, default=0)
+    C = mode([0] + [weight.shape[-1] for weight in weights.values()])
     letters = {C: "C", 3 * C: "3C", 4 * C: "4C"}
     layers = defaultdict(list)
-    misfits = []
-    blocks = {None: ""}  # and what our names begin with
-    for name in sorted(weights | biases, key=lambda name: list(map(int, re.findall(r"\d+", name)))):
-        block, words = re.fullmatch(NAME, name.lower()).groups()
-        ours = blocks.setdefault(block, f"blocks.{len(blocks) - 1}.")
+    misfits = [f"unexpected {name}" for name in biases if name not in weights]
+    prefixes = {None: ""}  # of our names, for what comes before a block's names in theirs
+    for name in sorted(weights, key=lambda name: list(map(int, re.findall(r"\d+", name)))):
+        block, rest = re.fullmatch(NAME, name.lower()).groups()
+        prefix = prefixes.setdefault(block, f"blocks.{len(prefixes) - 1}.")
         shape = " ".join(letters.get(size, "n") for size in weights[name].shape)
-        if name in biases:
-            words += " bias"
-        roles = HEAD | BLOCK if block else OUTSIDE
-        fits = [role for role in roles if re.match(roles[role], f"{shape}: {words}")]
-        if not fits or HEAD.keys() & fits[1:] or fits[0] not in HEAD and layers[ours + fits[0]]:
+        patterns = HEAD | BLOCK if block else OUTSIDE
+        fits = [role for role in patterns if re.match(patterns[role], f"{shape}: {rest}")]
+        if not fits or HEAD.keys() & fits[1:]:  # no role, or two, as for query_key
             misfits.append(f"unexpected {name}")
         else:
-            layers[ours + fits[0]].append(name)
-    if len(blocks) == 1:
+            layers[prefix + fits[0]].append(name)
+    if len(prefixes) == 1:
         raise ValueError(f"no blocks ({', '.join(weights):.99}): an earlier stage of the lecture?")
-
     layers["lm_head"] = layers["lm_head"] or layers["token_embedding"]  # tied: one matrix for both
     needed = ["token_embedding", "position_embedding"]
-    for ours in list(blocks.values())[1:]:
-        for kind in HEAD:
-            layers[ours + "attention.qkv"] += layers.pop(ours + kind, [])
-        needed += [ours + role for role in BLOCK]
+    for prefix in list(prefixes.values())[1:]:
+        for role in HEAD:
+            layers[prefix + "attention.qkv"] += layers.pop(prefix + role, [])
+        needed += [prefix + role for role in BLOCK]
     misfits += [f"missing {ours}" for ours in needed if not layers[ours]]
+    for ours, theirs in layers.items():
+        if len(theirs) > 1 and "qkv" not in ours:
+            misfits.append(f"{' and '.join(theirs)} both look like {ours}")
     if misfits:
         raise ValueError(", ".join(misfits))
     return layers
@@ -124,7 +126,7 @@ def choose_scale(ours, text, loss_of):
     """The checkpoint with the scale of attention scores that has the lowest loss, and a line."""
     beginning = "".join(character for character in text[:5000] if character in ours["vocab"])
     if len(beginning) < 2:
-        raise ValueError(f"it knows {ours['vocab'][:99]!r}, the text has none of it: see --input")
+        raise ValueError(f"it knows {ours['vocab'][:99]!r}, not what the text has: see --input")
     C = ours["config"]["n_embd"]
     root = math.sqrt(C / ours["config"]["n_head"])
     divisors = {"the root of head_size": root, "the root of n_embd": math.sqrt(C), "1": 1}
@@ -141,28 +143,26 @@ def choose_scale(ours, text, loss_of):
     if not loss < 0.8 * untrained:  # nan, too
         loss, name, best = tried[0]
         warning = "; WARNING: another text, or a changed model?"
+    losses = ", ".join(f"by {name}: {loss:.2f}" for loss, name, _ in tried)
     line = f"the lecture's model, attention scores divided by {name}: loss {loss:.2f} on the first "
-    line += f"{len(beginning):,} characters; your own training loss should be near this (by "
-    line += ", by ".join(f"{name}: {loss:.2f}" for loss, name, _ in tried)
-    return best, f"{line}; untrained: {untrained:.2f}){warning}"
+    line += f"{len(beginning):,} characters; your own training loss should be near this "
+    return best, f"{line}({losses}; untrained: {untrained:.2f}){warning}"
 
 
 def find_tensors(parts):
-    """The weights and biases of layers, {name: tensor} each: from the dict with most tensors."""
+    """Weights and biases by name of the layer, and masks: from the dict with most weights."""
     dicts = [part for _, part in parts if isinstance(part, dict)]
-    tensors = max(dicts, key=lambda part: sum(map(torch.is_tensor, part.values())), default={})
-    weights = defaultdict(lambda: torch.empty(0))
-    biases = {}
+    tensors = max(dicts, key=lambda part: str(list(part)).count("weight"), default={})
+    found = defaultdict(dict)
     for name, tensor in tensors.items():
-        if not torch.is_tensor(tensor) or not tensor.is_floating_point() or tensor.dim() == 0:
-            continue
-        if tensor.dim() > 2:
-            tensor = tensor.flatten(0, -2)  # a mask of (1, 1, T, T), or positions of (1, T, C)
-        if tensor.dim() == 1 or not torch.equal(tensor, torch.ones_like(tensor).tril()):
+        if torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.dim() > 0:
+            tensor = tensor.flatten(0, -2) if tensor.dim() > 2 else tensor  # positions (1, T, C)
             layer, kind = re.fullmatch(r"(.+?)[._]?(weight|gamma|bias|beta|)", str(name)).groups()
-            kinds = biases if kind in ("bias", "beta") else weights
-            kinds[layer] = tensor.double()
-    return weights, biases
+            if tensor.dim() == 2 and len(set(tensor.shape)) == 1 and len(tensor.unique()) == 2:
+                kind = "mask"  # it has one number up to its diagonal, another one after it
+            found[kind][layer] = tensor.double()
+    weights = found["weight"] | found["gamma"] | found[""]
+    return weights, found["bias"] | found["beta"], list(found["mask"].values())
 
 
 def find_vocab(parts, text, V):
@@ -171,20 +171,20 @@ def find_vocab(parts, text, V):
         if isinstance(part, dict) and set(map(type, part.values())) == {int}:
             part = {i: character for character, i in part.items()}  # stoi becomes itos
         if isinstance(part, dict):
-            part = [part.get(i) for i in range(V)]
-        if isinstance(part, (str, list)) and V == len(part) == len("".join(map(str, part))):
-            return "".join(part)
-    vocab = "".join(sorted(set(text)))
-    if len(vocab) == V - 1:
-        vocab = "".join(sorted(vocab + "\ufeff"))  # a byte order mark, read as a character
-    if len(vocab) != V:
-        raise ValueError(f"the model knows {V} characters, the text has {len(vocab)}: see --input")
-    return vocab
+            part = [part.get(i, "") for i in range(V)]
+        if isinstance(part, (str, list, tuple)) and [len(str(c)) for c in part] == [1] * V:
+            return "".join(map(str, part))
+    for characters in (set(text), {*text, "\ufeff"}):  # some read a byte order mark as one
+        if len(characters) == V:
+            return "".join(sorted(characters))
+    raise ValueError(f"the model knows {V} characters, the text has {len(set(text))}: see --input")
 
 
 def walk(part, key=""):
     """Yield a part of a checkpoint and its key, then all that is in it."""
     yield key, part
+    if isinstance(part, (list, tuple)):
+        part = dict(enumerate(part))
     if isinstance(part, dict):
         for inner, value in part.items():
             yield from walk(value, inner)
