@@ -13,11 +13,11 @@ from statistics import mode
 
 import torch
 
-# Our layers, and patterns for "shape: name" of theirs: the first that fits counts. C is n_embd, and n
-# any size but C, 3C, 4C. Names are in lower case, without that of the block.
+# Our layers, and patterns for "shape: name" of theirs: the first that fits counts. C is n_embd, n
+# any size but C, 3C and 4C. Names are in lower case, without the name of the block.
 OUTSIDE = {
     "ln_f": "C: ",
-    "position_embedding": r"\w+ C: .*(pos|time|pe\b)",
+    "position_embedding": r"\w+ C: .*(pos|time|\bw?pe\b)",
     "token_embedding": r"\w+ C: (?!.*unemb).*(tok|emb|char|wte|encoder)",
     "lm_head": r"\w+ C: ",
 }
@@ -171,7 +171,7 @@ def find_vocab(parts, text, V):
         if isinstance(part, dict) and set(map(type, part.values())) == {int}:
             part = {i: character for character, i in part.items()}  # stoi becomes itos
         if isinstance(part, dict):
-            part = [part.get(i, "") for i in range(V)]
+            part = [part.get(i, "") for i in range(len(part))]
         if isinstance(part, (str, list, tuple)) and [len(str(c)) for c in part] == [1] * V:
             return "".join(map(str, part))
     for characters in (set(text), {*text, "\ufeff"}):  # some read a byte order mark as one

@@ -244,12 +244,6 @@ def test_a_mistake_gets_one_line_and_is_not_saved(train, tmp_path, monkeypatch, 
     assert torch.load(kept)["step"] == 0 if "adamw_lr" in mistake else not kept.exists()
 
 
-def test_with_a_full_gpu_the_error_says_what_to_do(train, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "backward", Mock(side_effect=torch.OutOfMemoryError))
-    with pytest.raises(RuntimeError, match="lower batch_size"):
-        train()
-
-
 def test_a_gpu_that_cannot_compute_is_not_used(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "eye", Mock(side_effect=RuntimeError("no kernel image")))
