@@ -422,19 +422,19 @@ def load(path, text_path=TEXT):
     try:
         checkpoint = torch.load(content, map_location="cpu", weights_only=True)  # runs no code
     except Exception:  # a damaged file makes torch.load raise almost anything
-        raise UserError(f"{path} is damaged, or not by torch.save(model.state_dict(), ...)")
+        raise UserError(f"{path} is damaged, or has Python objects: save model.state_dict() alone")
     try:
         parts = checkpoint if isinstance(checkpoint, dict) else {}
         if "config" not in parts or "blocks.0.feed_forward.up.weight" not in parts.get("model", ()):
-            import lecture  # finds out what is what in files from the lecture's code
+            import lecture  # recognises the layers in files from the lecture's code
 
             checkpoint, notice = lecture.convert(checkpoint, read_text(text_path), loss_of)
             print(notice, file=sys.stderr)
         return build(checkpoint)
-    except (UserError, OSError, ImportError):  # without a text or lecture.py: it says so
+    except (UserError, OSError, ImportError):  # these say what is missing: a text or lecture.py
         raise
     except Exception as error:  # whatever does not fit
-        raise UserError(f"{path} holds another model: {error!s:.300}") from None
+        raise UserError(f"cannot use {path}: {error!s:.300}") from None
 
 
 def build(checkpoint):

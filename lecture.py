@@ -113,10 +113,10 @@ def recognise(weights, biases):
         for role in HEAD:
             layers[prefix + "attention.qkv"] += layers.pop(prefix + role, [])
         needed += [prefix + role for role in BLOCK]
-    misfits += [f"missing {ours}" for ours in needed if not layers[ours]]
+    misfits += [f"missing our {ours}" for ours in needed if not layers[ours]]
     for ours, theirs in layers.items():
         if len(theirs) > 1 and "qkv" not in ours:
-            misfits.append(f"{' and '.join(theirs)} both look like {ours}")
+            misfits.append(f"{' and '.join(theirs)} both look like our {ours}")
     if misfits:
         raise ValueError(", ".join(misfits))
     return layers

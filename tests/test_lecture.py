@@ -144,11 +144,11 @@ def test_a_file_of_the_lecture_may_have_the_keys_of_ours(tmp_path, capsys):
 
 
 MISFITS = {
-    "unexpected blocks.0.c_fc, .*missing blocks.1.feed_f": partial(rename, "ffwd.net.0=c_fc"),
-    "blocks.1.ln_x and blocks.1.ln_y both look like": partial(rename, "ln1=ln_x ln2=ln_y"),
+    "unexpected blocks.0.c_fc, .*missing our blocks.1.feed_f": partial(rename, "ffwd.net.0=c_fc"),
+    "blocks.1.ln_x and blocks.1.ln_y both look like our": partial(rename, "ln1=ln_x ln2=ln_y"),
     "unexpected blocks.0.sa.heads.0.query_key": partial(rename, "value=query_key"),
     "unexpected extra": lambda w: w | {"extra.weight": torch.ones(7)},
-    "missing position_embedding": partial(drop, "position"),
+    "missing our position_embedding": partial(drop, "position"),
     "no blocks .token_.*earlier stage": lambda w: rename("blocks.0.=", drop("blocks.1", w)),
     "n_head .3. times the size of a head is not n_embd .32.": partial(drop, "heads.3"),
     "blocks.0.sa.query has all heads: save how many, too, as 'n_head'": partial(join, "{}"),
