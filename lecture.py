@@ -63,7 +63,7 @@ def convert(checkpoint, text, loss_of):
     if n_head == 1 and not re.search(r"heads?\.0", heads[0].lower()):  # one matrix for all heads
         stated = [n for key, n in parts if type(n) is int and re.fullmatch(N_HEAD, str(key))]
         if not stated:
-            raise ValueError(f"{heads[0]} has all heads: save how many, too, as 'n_head'")
+            raise ValueError(f"how many heads has {heads[0]}? Save 'n_head' with it")
         n_head = stated[0]
     n_layer = sum("qkv" in name for name in layers)
     for n in range(n_layer):
@@ -124,7 +124,7 @@ def recognise(weights, biases):
 
 def choose_scale(ours, text, loss_of):
     """The checkpoint with the scale of attention scores that has the lowest loss, and a line."""
-    beginning = "".join(character for character in text[:5000] if character in ours["vocab"])
+    beginning = "".join(c for c in text[:5000] if c in ours["vocab"])
     if len(beginning) < 2:
         raise ValueError(f"it knows {ours['vocab'][:99]!r}, not what the text has: see --input")
     C = ours["config"]["n_embd"]

@@ -69,11 +69,11 @@ def join(name, weights):
 
 
 LAYOUTS = [  # a variant of the model, and what happened to its weights
-    ("", partial(rename, "blocks=m._orig_mod.blocks lm_=m._orig_mod.lm_ ln_f=m._orig_mod.ln_f")),
-    ("", partial(rename, "ffwd=ff sa.heads=a.h sa.=a. ln1=norms.0 ln2=norms.1 lm_head=final")),
-    ("", partial(rename, "ffwd.net=mlp sa.=sa_heads. ln1=Norm_SA ln2=Norm_MLP query=wq key=wk")),
-    ("", partial(rename, "ln1=a.norm ln2=ffwd.norm ln_f=blocks.2 token_embedding_table=wte")),
-    ("", partial(rename, "token_embedding_table=tok ition_embedding_table= net.0=fc1 net.2=fc2")),
+    ("", partial(rename, "blocks=m._orig_mod.blocks ln_f=m._orig_mod.blocks.2 net.0=fc1")),
+    ("", partial(rename, "ffwd=ff sa.heads=attn.h sa.=attn. proj=projection ln1=norm1 ln2=norm2")),
+    ("", partial(rename, "ffwd.net=mlp sa.=sa_heads. ln1=layer_norm_1 ln2=layer_norm_2 key=Key")),
+    ("", partial(rename, "ffwd=feed_forward position=positional ln1=a.ln ln2=ffwd.ln query=wq")),
+    ("", partial(rename, "token_embedding_table=wte lm_head=final ln1=norms.0 ln2=norms.1")),
     ("", lambda w: dict(sorted(rename("heads.2=heads.9 heads.3=heads.10", w).items()))),
     ("", lambda w: {name: w[name].half() for name in w}),
     ("", lambda w: {n: torch.cat((w[n], w[n]))[None] if "pos" in n else w[n] for n in w}),
@@ -152,7 +152,7 @@ MISFITS = {
     "missing our position_embedding": partial(drop, "position"),
     "no blocks .token_.*earlier stage": lambda w: rename("blocks.0.=", drop("blocks.1", w)),
     "n_head .3. times the size of a head is not n_embd .32.": partial(drop, "heads.3"),
-    "blocks.0.sa.query has all heads: save how many, too, as 'n_head'": partial(join, "{}"),
+    "how many heads has blocks.0.sa.query. Save 'n_head' with it": partial(join, "{}"),
     "the model knows 26 characters, the text has 24: see": lambda _: trained(mark="+-")[0],
     "not what the text has: see": lambda w: {"w": w, "v": [*map(chr, range(999, 1023))]},
 }
