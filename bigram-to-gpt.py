@@ -417,12 +417,12 @@ def save(path, model, vocab, training):
 
 
 def load(path, text_path=TEXT):
-    """The model, vocabulary and training record of a file. The lecture's files need their text."""
+    """The model, vocabulary and training record of a file. The lecture's files need a text."""
     content = io.BytesIO(path.read_bytes())
     try:
         checkpoint = torch.load(content, map_location="cpu", weights_only=True)  # runs no code
     except Exception:  # a damaged file makes torch.load raise almost anything
-        raise UserError(f"{path} is damaged, or has Python objects: save model.state_dict() alone")
+        raise UserError(f"{path} is damaged, or has more than tensors: save model.state_dict()")
     try:
         parts = checkpoint if isinstance(checkpoint, dict) else {}
         if "config" not in parts or "blocks.0.feed_forward.up.weight" not in parts.get("model", ()):

@@ -34,15 +34,14 @@ BLOCK = {
     "feed_forward.up": "4C C: (?!.*c_fc)",  # after c_fc, GPT-2 and nanoGPT have no ReLU
     "feed_forward.down": "C 4C: ",
 }
-NAME = r"(?:(.*?(?<!heads\.)(?<!head\.)(?<!\d)\d+)\.)?(.*)"  # blocks.0 or nothing, and the rest
+NAME = r"(?:(.*?(?<!heads\.)(?<!head\.)(?<!\d)\d+)\.)?(.*)"  # blocks.0 (not heads.0) or None
 N_HEAD = r"(?i)(n|num)?_?(attention_|attn_)?heads?"  # what people call the number of heads
 
 
 def convert(checkpoint, text, loss_of):
     """A checkpoint of ours, as a dict, and a line that says how well it fits the text.
 
-    The checkpoint is a state_dict of the lecture's last model, or contains one. ValueError if it is
-    another model, or if the text does not have its characters.
+    The checkpoint is or contains a state_dict of the lecture's last model. ValueError otherwise.
     """
     parts = list(walk(checkpoint))
     weights, biases, masks = find_tensors(parts)
@@ -54,17 +53,17 @@ def convert(checkpoint, text, loss_of):
         model[f"{ours}.bias"] = torch.cat([biases[name] for name in theirs])
     del model["token_embedding.bias"], model["position_embedding.bias"]
     if "ln_f" in layers and (model["ln_f.weight"] == 1).all():
-        del model["ln_f.weight"], model["ln_f.bias"]  # never trained: the model did not use it
+        del model["ln_f.weight"], model["ln_f.bias"]  # as at the start: the model did not use it
     V, C = model["token_embedding.weight"].shape
-    T = min(map(len, [model["position_embedding.weight"], *masks]))  # some tables are too long
+    T = min(map(len, [model["position_embedding.weight"], *masks]))  # the rest was never used
     model["position_embedding.weight"] = model["position_embedding.weight"][:T]
     heads = layers["blocks.0.attention.qkv"]
     n_head = len(heads) // 3 or 1
-    if n_head == 1 and not re.search(r"heads?\.0", heads[0].lower()):  # one matrix for all heads
-        stated = [n for key, n in parts if type(n) is int and re.fullmatch(N_HEAD, str(key))]
+    if n_head == 1 and not re.search(r"heads?\.0", heads[0].lower()):  # one for all, or one head
+        stated = [n for key, n in parts if re.fullmatch(N_HEAD, str(key)) and str(n).isdigit()]
         if not stated:
-            raise ValueError(f"how many heads has {heads[0]}? Save 'n_head' with it")
-        n_head = stated[0]
+            raise ValueError(f"how many heads has {heads[0]}? The file lacks 'n_head'")
+        n_head = int(stated[0])
     n_layer = sum("qkv" in name for name in layers)
     for n in range(n_layer):
         qkv = model[f"blocks.{n}.attention.qkv.weight"]  # (3 C, C)
@@ -72,8 +71,8 @@ def convert(checkpoint, text, loss_of):
             raise ValueError(f"n_head ({n_head}) times the size of a head is not n_embd ({C})")
         bias = model.pop(f"blocks.{n}.attention.qkv.bias")  # (3 C,)
         if bias.any():
-            # We have no such biases. A shift of the input gives queries theirs. Those of values,
-            # less what the shift adds to values, go to proj's. Softmax cancels those of keys.
+            # We have no such biases. A shift of the input gives queries theirs. What values then
+            # lack goes through proj into its bias. Softmax cancels what all keys have in common.
             query, _, value = qkv.chunk(3)  # (C, C) each
             query_bias, _, value_bias = bias.chunk(3)  # (C,) each
             shift = torch.linalg.solve(query, query_bias)  # (C,)
@@ -94,14 +93,14 @@ def recognise(weights, biases):
     letters = {C: "C", 3 * C: "3C", 4 * C: "4C"}
     layers = defaultdict(list)
     misfits = [f"unexpected {name}" for name in biases if name not in weights]
-    prefixes = {None: ""}  # of our names, for what comes before a block's names in theirs
+    prefixes = {None: ""}  # their name of a block: ours; None is outside
     for name in sorted(weights, key=lambda name: list(map(int, re.findall(r"\d+", name)))):
         block, rest = re.fullmatch(NAME, name.lower()).groups()
         prefix = prefixes.setdefault(block, f"blocks.{len(prefixes) - 1}.")
         shape = " ".join(letters.get(size, "n") for size in weights[name].shape)
         patterns = HEAD | BLOCK if block else OUTSIDE
         fits = [role for role in patterns if re.match(patterns[role], f"{shape}: {rest}")]
-        if not fits or HEAD.keys() & fits[1:]:  # no role, or two, as for query_key
+        if not fits or HEAD.keys() & fits[1:]:  # none, or two of HEAD, as for query_key
             misfits.append(f"unexpected {name}")
         else:
             layers[prefix + fits[0]].append(name)
@@ -113,10 +112,10 @@ def recognise(weights, biases):
         for role in HEAD:
             layers[prefix + "attention.qkv"] += layers.pop(prefix + role, [])
         needed += [prefix + role for role in BLOCK]
-    misfits += [f"missing our {ours}" for ours in needed if not layers[ours]]
+    misfits += [f"found no {ours}" for ours in needed if not layers[ours]]
     for ours, theirs in layers.items():
         if len(theirs) > 1 and "qkv" not in ours:
-            misfits.append(f"{' and '.join(theirs)} both look like our {ours}")
+            misfits.append(f"{' and '.join(theirs)} both look like {ours}")
     if misfits:
         raise ValueError(", ".join(misfits))
     return layers
@@ -126,7 +125,7 @@ def choose_scale(ours, text, loss_of):
     """The checkpoint with the scale of attention scores that has the lowest loss, and a line."""
     beginning = "".join(c for c in text[:5000] if c in ours["vocab"])
     if len(beginning) < 2:
-        raise ValueError(f"it knows {ours['vocab'][:99]!r}, not what the text has: see --input")
+        raise ValueError(f"the text has hardly any of {ours['vocab'][:99]!r}: see --input")
     C = ours["config"]["n_embd"]
     root = math.sqrt(C / ours["config"]["n_head"])
     divisors = {"the root of head_size": root, "the root of n_embd": math.sqrt(C), "1": 1}
@@ -159,7 +158,7 @@ def find_tensors(parts):
             tensor = tensor.flatten(0, -2) if tensor.dim() > 2 else tensor  # positions (1, T, C)
             layer, kind = re.fullmatch(r"(.+?)[._]?(weight|gamma|bias|beta|)", str(name)).groups()
             if tensor.dim() == 2 and len(set(tensor.shape)) == 1 and len(tensor.unique()) == 2:
-                kind = "mask"  # it has one number up to its diagonal, another one after it
+                kind = "mask"  # a square of two numbers: who may see whom
             found[kind][layer] = tensor.double()
     weights = found["weight"] | found["gamma"] | found[""]
     return weights, found["bias"] | found["beta"], list(found["mask"].values())
@@ -172,8 +171,9 @@ def find_vocab(parts, text, V):
             part = {i: character for character, i in part.items()}  # stoi becomes itos
         if isinstance(part, dict):
             part = [part.get(i, "") for i in range(len(part))]
-        if isinstance(part, (str, list, tuple)) and [len(str(c)) for c in part] == [1] * V:
-            return "".join(map(str, part))
+        if isinstance(part, (str, list)) and len(part) == V == len(set(map(str, part))):
+            if max(map(len, map(str, part))) == 1:
+                return "".join(part)
     for characters in (set(text), {*text, "\ufeff"}):  # some read a byte order mark as one
         if len(characters) == V:
             return "".join(sorted(characters))

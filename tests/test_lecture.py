@@ -80,7 +80,7 @@ LAYOUTS = [  # a variant of the model, and what happened to its weights
     ("", lambda w: w | {"lr": 0.1, "step": torch.ones(()), "ids": torch.arange(16)}),
     ("", lambda w: {"n": 1, "best": [{"loss": 1.5, "weights": w}], "log": dict(enumerate(TEXT))}),
     ("", lambda w: {"stoi": {"h": 3}, "model": join("qkv", w), "config": {"NUM_HEADS": 4}}),
-    ("", lambda w: {"model": join("{}", w), "num_attention_heads": 4}),
+    ("", lambda w: {"model": join("{}", w), "num_attention_heads": "4"}),
     ("no bias", partial(rename, "lm_head=unembed ln1=norms.0 ln2=norms.1")),
     ("biases", dict),
     ("tied", dict),
@@ -93,7 +93,7 @@ LAYOUTS = [  # a variant of the model, and what happened to its weights
 @pytest.mark.parametrize("variant, save", LAYOUTS)
 def test_the_loss_is_that_of_the_model(variant, save):
     weights, loss = trained(variant)
-    assert converted(save(weights))[:2] == (pytest.approx(loss, abs=1e-3), VOCAB)
+    assert converted(save(weights))[:2] == (pytest.approx(loss, abs=1e-4), VOCAB)
 
 
 def test_characters_in_the_file_count_whatever_the_text_has():
@@ -105,12 +105,12 @@ def test_characters_in_the_file_count_whatever_the_text_has():
     stoi = {character: i for i, character in itos.items()}
     for characters in (vocab, list(vocab), itos, stoi):
         found = converted({"state": weights, "data": {"chars": characters}}, TEXT + "#+-")
-        assert found[:2] == (pytest.approx(loss, abs=1e-3), vocab)
+        assert found[:2] == (pytest.approx(loss, abs=1e-4), vocab)
 
 
 def test_a_byte_order_mark_may_be_one_of_the_characters():
     weights, loss = trained(mark="\ufeff")
-    assert converted(weights)[0] == pytest.approx(loss, abs=1e-3)
+    assert converted(weights)[0] == pytest.approx(loss, abs=1e-4)
 
 
 @pytest.mark.parametrize("divisor", ["the root of head_size", "the root of n_embd", "1"])
@@ -119,7 +119,7 @@ def test_the_scale_is_the_one_with_the_lowest_loss(divisor):
     factor = {"the root of n_embd": 2, "1": 8**-0.5}.get(divisor, 1)  # n_head 4, head_size 8
     queries = {name: factor * weights[name] for name in weights if "query" in name}
     found, _, line = converted(weights | queries)
-    assert found == pytest.approx(loss, abs=1e-3)
+    assert found == pytest.approx(loss, abs=1e-4)
     assert f"scores divided by {divisor}: loss 0." in line and "WARNING" not in line
     assert "on the first 5,000 characters; your own training loss should be near this" in line
 
@@ -144,17 +144,17 @@ def test_a_file_of_the_lecture_may_have_the_keys_of_ours(tmp_path, capsys):
 
 
 MISFITS = {
-    "unexpected blocks.0.c_fc, .*missing our blocks.1.feed_f": partial(rename, "ffwd.net.0=c_fc"),
-    "blocks.1.ln_x and blocks.1.ln_y both look like our": partial(rename, "ln1=ln_x ln2=ln_y"),
+    "unexpected blocks.0.c_fc, .*found no blocks.1.feed_f": partial(rename, "ffwd.net.0=c_fc"),
+    "blocks.1.ln_x and blocks.1.ln_y both look like blocks.1": partial(rename, "ln1=ln_x ln2=ln_y"),
     "unexpected blocks.0.sa.heads.0.query_key": partial(rename, "value=query_key"),
     "unexpected extra": lambda w: w | {"extra.bias": torch.ones(7)},
     "unexpected blocks.0.sa.kqv": lambda w: {"w": join("kqv", w), "n_head": 4},
-    "missing our position_embedding": partial(drop, "position"),
+    "found no position_embedding": partial(drop, "position"),
     "no blocks .token_.*earlier stage": lambda w: rename("blocks.0.=", drop("blocks.1", w)),
     "n_head .3. times the size of a head is not n_embd .32.": partial(drop, "heads.3"),
-    "how many heads has blocks.0.sa.query. Save 'n_head' with it": partial(join, "{}"),
+    "how many heads has blocks.0.sa.query. The file lacks 'n_head'": partial(join, "{}"),
     "the model knows 26 characters, the text has 24: see": lambda _: trained(mark="+-")[0],
-    "not what the text has: see": lambda w: {"w": w, "v": [*map(chr, range(999, 1023))]},
+    "the text has hardly any of": lambda w: {"w": w, "v": [*map(chr, range(999, 1023))]},
 }
 
 
