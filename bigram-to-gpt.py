@@ -422,7 +422,7 @@ def load(path, text_path=TEXT):
     try:
         checkpoint = torch.load(content, map_location="cpu", weights_only=True)  # runs no code
     except Exception:  # a damaged file makes torch.load raise almost anything
-        raise UserError(f"{path} is damaged, or has more than tensors: save model.state_dict()")
+        raise UserError(f"{path} is damaged, or has Python objects: save model.state_dict()")
     try:
         parts = checkpoint if isinstance(checkpoint, dict) else {}
         if "config" not in parts or "blocks.0.feed_forward.up.weight" not in parts.get("model", ()):

@@ -41,7 +41,7 @@ N_HEAD = r"(?i)(n|num)?_?(attention_|attn_)?heads?"  # what people call the numb
 def convert(checkpoint, text, loss_of):
     """A checkpoint of ours, as a dict, and a line that says how well it fits the text.
 
-    The checkpoint is or contains a state_dict of the lecture's last model. ValueError otherwise.
+    loss_of(ours, text) decides how scores are scaled. ValueError if no model of the lecture is in it.
     """
     parts = list(walk(checkpoint))
     weights, biases, masks = find_tensors(parts)
