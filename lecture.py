@@ -41,7 +41,7 @@ N_HEAD = r"(?i)(n|num)?_?(attention_|attn_)?heads?"  # what people call the numb
 def convert(checkpoint, text, loss_of):
     """A checkpoint of ours, as a dict, and a line that says how well it fits the text.
 
-    loss_of(ours, text) decides how scores are scaled. ValueError if no model of the lecture is in it.
+    loss_of(ours, text) decides how scores are scaled. ValueError if it is another model.
     """
     parts = list(walk(checkpoint))
     weights, biases, masks = find_tensors(parts)
@@ -173,7 +173,7 @@ def find_vocab(parts, text, V):
             part = [part.get(i, "") for i in range(len(part))]
         if isinstance(part, (str, list)) and len(part) == V == len(set(map(str, part))):
             if max(map(len, map(str, part))) == 1:
-                return "".join(part)
+                return "".join(map(str, part))
     for characters in (set(text), {*text, "\ufeff"}):  # some read a byte order mark as one
         if len(characters) == V:
             return "".join(sorted(characters))
