@@ -171,7 +171,7 @@ def find_vocab(parts, text, V):
             part = {i: character for character, i in part.items()}  # stoi becomes itos
         if isinstance(part, dict):
             part = [part.get(i, "") for i in range(len(part))]
-        if isinstance(part, (str, list)) and len(part) == V == len(set(map(str, part))):
+        if isinstance(part, (str, list, tuple)) and len(part) == V == len(set(map(str, part))):
             if max(map(len, map(str, part))) == 1:
                 return "".join(map(str, part))
     for characters in (set(text), {*text, "\ufeff"}):  # some read a byte order mark as one
