@@ -63,7 +63,7 @@ def join(name, weights):
     stacks = {old: [weights[old]] for old in drop("heads", weights)}
     for kind in ("query", "key", "value"):
         for old in [old for old in weights if f"{kind}.weight" in old]:
-            new = old.split("heads")[0] + name.format(kind) + ".weight"
+            new = old.split("heads")[0] + name.format(kind)
             stacks.setdefault(new, []).append(weights[old])
     return {new: torch.cat(stacks[new]) for new in stacks}
 
@@ -79,10 +79,10 @@ LAYOUTS = [  # a variant of the model, and what happened to its weights
     ("", lambda w: {n: torch.cat((w[n], w[n]))[None] if "pos" in n else w[n] for n in w}),
     ("", lambda w: w | {"lr": 0.1, "step": torch.ones(()), "ids": torch.arange(16)}),
     ("", lambda w: {"n": 1, "best": [{"loss": 1.5, "weights": w}], "log": dict(enumerate(TEXT))}),
-    ("", lambda w: {"stoi": {"h": 3}, "model": join("qkv", w), "config": {"NUM_HEADS": 4}}),
-    ("", lambda w: {"model": join("{}", w), "num_attention_heads": "4"}),
+    ("", lambda w: {"stoi": {"h": 3}, "m": join("in_proj_weight", w), "config": {"NUM_HEADS": 4}}),
+    ("", lambda w: {"model": join("{}.weight", w), "num_attention_heads": "4"}),
     ("no bias", partial(rename, "lm_head=unembed ln1=norms.0 ln2=norms.1")),
-    ("biases", dict),
+    ("biases", partial(rename, "ln1.weight=ln1.gamma ln1.bias=ln1.beta")),
     ("tied", dict),
     ("tied", partial(drop, "lm_head")),
     ("no ln_f", dict),
@@ -148,11 +148,11 @@ MISFITS = {
     "blocks.1.ln_x and blocks.1.ln_y both look like blocks.1": partial(rename, "ln1=ln_x ln2=ln_y"),
     "unexpected blocks.0.sa.heads.0.query_key": partial(rename, "value=query_key"),
     "unexpected extra": lambda w: w | {"extra.bias": torch.ones(7)},
-    "unexpected blocks.0.sa.kqv": lambda w: {"w": join("kqv", w), "n_head": 4},
+    "unexpected blocks.0.sa.kqv": lambda w: {"w": join("kqv.weight", w), "n_head": 4},
     "found no position_embedding": partial(drop, "position"),
     "no blocks .token_.*earlier stage": lambda w: rename("blocks.0.=", drop("blocks.1", w)),
     "n_head .3. times the size of a head is not n_embd .32.": partial(drop, "heads.3"),
-    "how many heads has blocks.0.sa.query. The file lacks 'n_head'": partial(join, "{}"),
+    "how many heads has blocks.0.sa.query. The file lacks 'n_head'": partial(join, "{}.weight"),
     "the model knows 26 characters, the text has 24: see": lambda _: trained(mark="+-")[0],
     "the text has hardly any of": lambda w: {"w": w, "v": [*map(chr, range(999, 1023))]},
 }
