@@ -176,23 +176,6 @@ def test_without_network_it_grows_on_what_the_large_model_wrote(call, monkeypatc
     assert "error: cannot download" in call("evaluate")[2]  # it measures on no other text
 
 
-def test_a_folder_that_cannot_be_written_to_is_found_before_training(call, monkeypatch):
-    refusal = Mock(side_effect=PermissionError(13, "not permitted"))
-    monkeypatch.setattr("tempfile.TemporaryFile", refusal)
-    monkeypatch.setattr(gpt, "counted_bigram", None)
-    status, out, err = call("--input", "text.txt")
-    assert (status, out) == (2, "") and "not permitted" in err
-
-
-@pytest.mark.parametrize("out, err, title", [(1, 1, "x"), (0, 1, "x"), (1, 0, "x"), (1, 1, "")])
-def test_a_bar_needs_a_title_and_a_terminal(monkeypatch, out, err, title):
-    for name, is_terminal in (("stdout", out), ("stderr", err)):
-        monkeypatch.setattr(sys, name, io.StringIO())
-        monkeypatch.setattr(getattr(sys, name), "isatty", lambda value=is_terminal: value)
-    assert list(gpt.progress("ab", title)) == ["a", "b"]
-    assert ("x:" in sys.stderr.getvalue()) == bool(out and err and title)
-
-
 def test_training_without_a_loss_ends_in_one_line(call, monkeypatch, tmp_path):
     monkeypatch.setattr(gpt, "LEARNING_RATE", 1e9)
     status, _, err = call("--input", "text.txt", "--steps", 30, "--out", tmp_path)

@@ -108,11 +108,6 @@ def test_characters_in_the_file_count_whatever_the_text_has():
         assert found[:2] == (pytest.approx(loss, abs=1e-4), vocab)
 
 
-def test_a_byte_order_mark_may_be_one_of_the_characters():
-    weights, loss = trained(mark="\ufeff")
-    assert converted(weights)[0] == pytest.approx(loss, abs=1e-4)
-
-
 @pytest.mark.parametrize("divisor", ["the root of head_size", "the root of n_embd", "1"])
 def test_the_scale_is_the_one_with_the_lowest_loss(divisor):
     weights, loss = trained()

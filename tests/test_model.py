@@ -3,13 +3,11 @@
 import math
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 from conftest import gpt, seeded, some_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
@@ -170,19 +168,3 @@ def test_top_k_keeps_the_likeliest_and_temperature_divides_the_logits():
     for temperature in (0, 0.01):
         assert set(gpt.choose(100 * logits, temperature).flatten().tolist()) == {3}
     assert set(gpt.choose(logits, 1e9, 99, seeded(0)).flatten().tolist()) == {0, 1, 2, 3}
-
-
-def test_labels_are_apart_and_what_is_above_the_picture_is_named():
-    ends = {"1 bigram": 2.484, "2 position": 2.486, "3 attention": 2.357, "4 block": 2.008}
-    grown = []
-    for title, end in ends.items():
-        first = 3.7 if title == "1 bigram" else end + 0.1
-        grown.append(gpt.Grown(title, None, [(100, first), (3000, end)], {"val_loss": end}))
-    axes = Figure().subplots()
-    gpt.draw(axes, grown, 2.482)
-    *labels, outside = sorted(axes.texts, key=lambda text: text.get_position()[1])
-    low, high = axes.get_ylim()
-    assert outside.get_text() == "↑ 3.70" and outside.get_position() == (100, high)
-    heights = [text.get_position()[1] for text in labels]
-    assert heights[:3] == [2.008, 2.357, 2.482] and min(np.diff(heights)) > 0.03 * (high - low)
-    assert [text.get_text()[7:] for text in labels[2:]] == ["0 counting", "1 bigram", "2 position"]

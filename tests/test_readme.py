@@ -1,13 +1,16 @@
-"""What README says of the five models: its table against the models, the text and a real run."""
+"""README against the project: its table, commands, options and links."""
 
 import re
+import shlex
 
 import pytest
 from conftest import SCRIPT, gpt, needs_text
 from test_command_line import run
 
-README = SCRIPT.with_name("README.md").read_text(encoding="utf-8")
-ROWS = re.findall(r"^\| (\d \S+) \| (.+?) \| (.*?) \| ([\d.]+) \| ([\d.]+) \|$", README, re.M)
+ROOT = SCRIPT.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CELLS = [line.strip("| ").split(" | ") for line in README.splitlines() if re.match(r"\| \d ", line)]
+ROWS = [(row[0], row[1], row[-3].strip(), *row[-2:]) for row in CELLS]  # without the places
 
 
 def test_the_rungs_are_those_of_the_script():
@@ -36,3 +39,39 @@ def test_growth_prints_the_table(tmp_path):
         assert " ".join(row[:3]).split() == line.split()[:-2]
         losses = [float(loss) for loss in line.split()[-2:]]
         assert losses == pytest.approx([float(loss) for loss in row[3:]], abs=0.01)
+
+
+def test_each_rung_names_its_place_in_the_script():
+    assert all(hasattr(gpt, row[3].strip("`")) for row in CELLS)
+
+
+def test_the_quick_start_has_the_commands_of_the_workflow():
+    workflow = (ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8")
+    commands = re.findall(r"- run: (.*)", workflow)
+    quick_start = README.split("\n## ")[1].splitlines()
+    assert len(commands) == 3 and set(commands) <= set(quick_start)
+
+
+def test_every_command_of_the_script_is_one_that_it_takes():
+    commands = re.findall(r"^python bigram-to-gpt.py (.*)", README, re.M)
+    assert len(commands) == 4
+    for command in commands:
+        gpt.parse(shlex.split(command))
+
+
+def test_every_option_exists(capsys):
+    for action in ("grow", "sample", "evaluate"):
+        with pytest.raises(SystemExit):
+            gpt.parse([action, "--help"])
+    exist = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
+    named = set(re.findall(r"--[a-z][\w-]*", README)) - {"--index-url"}  # of pip
+    assert {"--prompt", "--out"} < named <= exist
+
+
+def test_every_relative_link_leads_somewhere():
+    headings = re.findall(r"^#+ (.*)", README, re.M)
+    anchors = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+    links = [link for link in re.findall(r"\]\((.*?)\)", README) if ":" not in link]
+    assert "assets/growth.png" in links
+    for link in links:
+        assert link.removeprefix("#") in anchors or (ROOT / link).exists()
