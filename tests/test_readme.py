@@ -55,7 +55,7 @@ def test_the_quick_start_has_the_commands_of_the_workflow():
 
 def test_every_command_of_the_script_is_one_that_it_takes():
     commands = re.findall(r"python bigram-to-gpt.py ?([^`\n]*)", README)
-    assert len(commands) == 7
+    assert len(commands) == 9
     for command in commands:
         gpt.parse(shlex.split(command))
 
