@@ -1,12 +1,15 @@
-"""What several test files need."""
+"""What several test files need: the script as a module, texts, and models that it has grown.
+Nothing is tested here."""
 
 import os
 import random
+import subprocess
+import sys
+from collections import namedtuple
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 os.environ["MPLBACKEND"] = "Agg"  # no test waits until somebody closes a window
 SCRIPT = Path(__file__).resolve().parent.parent / "bigram-to-gpt.py"
@@ -14,10 +17,9 @@ gpt = import_module(SCRIPT.stem)  # importing it runs nothing
 torch = gpt.torch  # the script sets GOMP_SPINCOUNT before it imports torch
 cores = torch.get_num_threads()
 torch.set_num_threads(1)  # most models here are too small for more
-import_module("matplotlib.font_manager")  # the first import may warn that it builds a cache
 needs_text = pytest.mark.skipif(not gpt.TEXT.exists(), reason="needs Tiny Shakespeare")
-settings.register_profile("the same each time", derandomize=True, database=None, deadline=None)
-settings.load_profile("the same each time")
+Grown = namedtuple("Grown", "folder, out, err")
+GROW = ("--input", "text.txt", "--steps", 40, "--seed", 5)
 
 
 def some_text(count):
@@ -28,3 +30,28 @@ def some_text(count):
 
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
+
+
+def run(*args, script=SCRIPT, **options):
+    """The script, or another, in a process of its own: its status and its output, as bytes."""
+    command = [sys.executable, script, *map(str, args)]
+    return subprocess.run(command, capture_output=True, timeout=99, **options)
+
+
+@pytest.fixture(scope="session")
+def grown(tmp_path_factory):
+    """A folder in which the script grew its models from a text of our own; what it printed."""
+    folder = tmp_path_factory.mktemp("grown")
+    (folder / "text.txt").write_text(some_text(900), encoding="utf-8-sig")  # as some editors
+    only_ascii = os.environ | {"PYTHONIOENCODING": "ascii"}  # pipes are UTF-8 all the same
+    result = run(*GROW, cwd=folder, env=only_ascii)
+    assert result.returncode == 0, result.stderr.decode()
+    return Grown(folder, result.stdout.decode(), result.stderr.decode())
+
+
+@pytest.fixture
+def call(grown, monkeypatch, capfd):
+    """A function that runs a command line in this folder: exit status, stdout, stderr."""
+    monkeypatch.chdir(grown.folder)
+    monkeypatch.setattr(gpt, "WEIGHTS", grown.folder / "one-block.pt")
+    return lambda *args: (gpt.main(list(map(str, args))), *capfd.readouterr())
