@@ -18,7 +18,7 @@ torch = gpt.torch  # the script sets GOMP_SPINCOUNT before it imports torch
 cores = torch.get_num_threads()
 torch.set_num_threads(1)  # most models here are too small for more
 needs_text = pytest.mark.skipif(not gpt.TEXT.exists(), reason="needs Tiny Shakespeare")
-Grown = namedtuple("Grown", "folder, out, err")
+Grown = namedtuple("Grown", "folder, out")
 GROW = ("--input", "text.txt", "--steps", 40, "--seed", 5)
 
 
@@ -46,7 +46,7 @@ def grown(tmp_path_factory):
     only_ascii = os.environ | {"PYTHONIOENCODING": "ascii"}  # pipes are UTF-8 all the same
     result = run(*GROW, cwd=folder, env=only_ascii)
     assert result.returncode == 0, result.stderr.decode()
-    return Grown(folder, result.stdout.decode(), result.stderr.decode())
+    return Grown(folder, result.stdout.decode())
 
 
 @pytest.fixture

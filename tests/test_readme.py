@@ -9,8 +9,7 @@ from conftest import SCRIPT, gpt, needs_text, run
 
 ROOT = SCRIPT.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ROWS = re.findall(r"^\| (\d .*) \|$", README, re.MULTILINE)
-TABLE = [row.split(" | ") for row in ROWS]
+TABLE = [row.split(" | ") for row in re.findall(r"^\| (\d .*) \|$", README, re.M)]
 
 
 def test_the_table_has_the_rungs_of_the_script():
