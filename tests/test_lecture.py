@@ -144,7 +144,7 @@ def test_the_scale_is_the_one_with_the_lowest_loss(divisor, factor):
 @pytest.mark.parametrize("losses", [(2.9, 2.8, 2.7), 3 * [torch.nan]])
 def test_losses_like_those_of_an_untrained_model_get_a_warning(losses):
     _, line = lecture.convert(trained()[0], TEXT, Mock(side_effect=losses))
-    assert f"by the root of head_size: loss {losses[0]:.2f} on the first 5,000" in line
+    assert f"by the root of head_size: loss {losses[0]:.2f} on" in line
     assert line.endswith("WARNING: another text, or a changed model?")
 
 
@@ -161,14 +161,12 @@ MISFITS = {
     "found no blocks.1.feed_forward.up": partial(rename, "ffwd.net.0=c_fc"),
     "ln_x and blocks.1.ln_y both look like": partial(rename, "ln1=ln_x ln2=ln_y"),
     "unexpected blocks.0.sa.heads.0.query_key": partial(rename, "value=query_key"),
-    "unexpected extra": lambda w: w | {"extra.bias": torch.ones(7)},
     "unexpected blocks.0.sa.kqv": lambda w: {"w": join("kqv.weight", w), "n_head": 4},
     "found no position_embedding": partial(drop, "position"),
     "no blocks .token_.*earlier stage": lambda w: rename("blocks.0.=", drop("blocks.1", w)),
     "n_head .3. times the size of a head": partial(drop, "heads.3"),
     "how many heads has blocks.0.sa.query": partial(join, "{}.weight"),
     "knows 23 characters, the text has 24": lambda w: w | {TOKENS: w[TOKENS][:23]},
-    "the text has hardly any of": lambda w: {"w": w, "v": [*map(chr, range(999, 1023))]},
 }
 
 

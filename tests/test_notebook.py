@@ -193,13 +193,12 @@ def test_the_recipe_may_be_the_lectures():
 
 
 MISTAKES = [
-    (dict(text_path="latin-1.txt"), "latin-1.txt is not UTF-8 .byte 1.: convert"),
-    (dict(text_path="input.txt"), "cannot fetch https://raw.* save it as input.txt"),
-    (dict(block_size=900), "needs more than 9,000 characters"),
-    (dict(n_head=3), "n_embd .32. must be a multiple of n_head .3."),
-    (dict(prompt="día"), "the prompt may only have these characters"),
-    (dict(weights_path="."), "[.] is a folder: name a file"),
-    (dict(adamw_lr=1e30), "no loss at step 50: choose lower learning rates"),
+    (dict(text_path="latin-1.txt"), "latin-1.txt is not UTF-8 .byte 1."),
+    (dict(text_path="input.txt"), "cannot fetch .* save it as input.txt"),
+    (dict(block_size=900), "needs more than 9,000"),
+    (dict(n_head=3), "must be a multiple of n_head .3."),
+    (dict(prompt="día"), "the prompt may only have"),
+    (dict(adamw_lr=1e30), "no loss at step 50: choose lower"),
 ]
 
 
@@ -220,8 +219,7 @@ def test_the_shipped_weights_are_those_of_the_run():
 
 def test_losses_png_is_a_picture_of_the_run():
     losses, _ = [data["image/png"] for data in SHOWN if "image/png" in data]
-    png = SCRIPT.with_name("assets") / "losses.png"
-    assert png.read_bytes() == base64.b64decode(losses)
+    assert (SCRIPT.parent / "assets/losses.png").read_bytes() == base64.b64decode(losses)
 
 
 def test_the_run_had_the_settings_of_a_gpu():

@@ -14,7 +14,7 @@ TABLE = [row.split(" | ") for row in re.findall(r"^\| (\d .*) \|$", README, re.M
 
 def test_the_table_has_the_rungs_of_the_script():
     assert len(TABLE) == 1 + len(gpt.RUNGS)
-    for number, (name, adds, make) in enumerate(gpt.RUNGS, start=1):
+    for number, (name, adds, make) in enumerate(gpt.RUNGS, 1):
         model = make(gpt.Config(65))
         size = sum(parameter.numel() for parameter in model.parameters())
         title, idea, _, part, parameters, *_ = TABLE[number]
