@@ -1,5 +1,5 @@
-"""What several test files need: the script as a module, texts, and models that it has grown.
-Nothing is tested here."""
+"""What several test files need: the script as a module, a text, models that it has grown.
+All models are grown into a pipe set to ASCII, from a text with a byte order mark."""
 
 import os
 import random
@@ -42,8 +42,8 @@ def run(*args, script=SCRIPT, **options):
 def grown(tmp_path_factory):
     """A folder in which the script grew its models from a text of our own; what it printed."""
     folder = tmp_path_factory.mktemp("grown")
-    (folder / "text.txt").write_text(some_text(900), encoding="utf-8-sig")  # as some editors
-    only_ascii = os.environ | {"PYTHONIOENCODING": "ascii"}  # pipes are UTF-8 all the same
+    (folder / "text.txt").write_text(some_text(900), encoding="utf-8-sig")
+    only_ascii = os.environ | {"PYTHONIOENCODING": "ascii"}
     result = run(*GROW, cwd=folder, env=only_ascii)
     assert result.returncode == 0, result.stderr.decode()
     return Grown(folder, result.stdout.decode())

@@ -1,4 +1,4 @@
-"""`grow` and `evaluate`, their files, the answers to mistakes. (For `sample`: test_sampling.py.)
+"""`grow` and `evaluate`, the download, saving, and the answers to mistakes of all commands.
 Oracles: a second run, the losses in the file, files that must be as they were."""
 
 import hashlib
@@ -37,9 +37,9 @@ def test_growth_ends_with_500_characters_of_the_text(grown):
 
 
 def test_a_rung_may_be_inserted(grown, tmp_path):
-    last = '    Rung("block"'
+    block = '    Rung("block"'
     rung = '    Rung("alone", "think alone", lambda c: Model(c, [FeedForward])),\n'
-    source = SCRIPT.read_text(encoding="utf-8").replace(last, rung + last)
+    source = SCRIPT.read_text(encoding="utf-8").replace(block, rung + block)
     (tmp_path / "grow.py").write_text(source, encoding="utf-8")
     result = run(*GROW, "--out", tmp_path, script=tmp_path / "grow.py", cwd=grown.folder)
     rows = table(result.stdout.decode())
@@ -49,6 +49,7 @@ def test_a_rung_may_be_inserted(grown, tmp_path):
 
 
 def test_without_network_it_grows_on_the_fallback(call, monkeypatch, tmp_path):
+    assert gpt.FALLBACK.exists()
     monkeypatch.setattr(gpt, "TEXT", tmp_path / "input.txt")
     monkeypatch.setattr(gpt, "URL", "http://127.0.0.1:9/input.txt")
     monkeypatch.setattr(gpt, "FALLBACK", Path("text.txt"))
@@ -61,7 +62,8 @@ def test_without_network_it_grows_on_the_fallback(call, monkeypatch, tmp_path):
 def test_evaluate_measures_what_the_file_says(call):
     status, out, err = call("evaluate", "--input", "text.txt")
     assert (status, err) == (0, "")  # no bars: no terminal
-    for row in out.splitlines()[1:]:
+    train, val = out.splitlines()[1:]
+    for row in (train, val):
         measured, stored, bits = map(float, row.split()[1:])
         assert measured == pytest.approx(stored, abs=2e-4)
         assert bits == pytest.approx(measured / math.log(2), abs=2e-4)
@@ -81,7 +83,7 @@ def test_the_text_is_fetched_once(network):
 
 
 @pytest.mark.parametrize("answer", [io.BytesIO(b"the t"), OSError("timed out")])
-def test_half_a_text_is_not_kept(network, answer):
+def test_a_failed_download_leaves_nothing(network, answer):
     network(answer)
     with pytest.raises(ConnectionError, match="save it yourself as .*input.txt"):
         gpt.read_text(gpt.TEXT)
@@ -114,7 +116,7 @@ def mistaken(grown):
 
 
 MISTAKES = {
-    "sample --prompt Chloé": "the prompt has 'Clé', the model",
+    "sample --prompt Chloé": "the prompt has 'Clé', the model",  # h and o are known
     "sample --tokens 0": "--tokens: must be from 1 to",
     "sample --temperature nan": "--temperature must be 0, or from",
     "sample --weights cut.pt": "cut.pt is damaged, or has Python",

@@ -1,5 +1,5 @@
 """Weights of the lecture's own code, whatever people call them and save with them.
-Oracle: the loss of the model that they come from. Misfits must be named in an error."""
+Oracle: the loss of the model that they come from, the textbook's in benchmark.py."""
 
 from functools import cache, partial
 from unittest.mock import Mock
@@ -74,7 +74,7 @@ NAMES = [
     "ffwd=ff sa.heads=attn.h sa.=attn. proj=projection ln1=norm1 ln2=norm2",
     "ffwd.net=mlp sa.=sa_heads. ln1=layer_norm_1 ln2=layer_norm_2 key=K",
     "ffwd=feed_forward position=positional ln1=a.ln ln2=ffwd.ln query=wq",
-    "token_embedding_table=wte osition_embedding_table=e lm_head=final",
+    "token_embedding_table=wte position_embedding_table=pe lm_head=final",
     "lm_head=unembed ln1=norms.0 ln2=norms.1",
     "heads.2=heads.9 heads.3=heads.10 ln1.weight=ln1.gamma ln1.bias=ln1.beta",
 ]
@@ -104,7 +104,7 @@ def test_weights_may_be_saved_otherwise(save):
 
 
 MODELS = [
-    ("biases", dict),
+    ("biases", dict),  # saved as they are
     ("tied", dict),
     ("tied", partial(drop, "lm_head")),
     ("no ln_f", dict),
@@ -123,7 +123,7 @@ STOI = {character: i for i, character in enumerate(FLIPPED)}
 
 
 @pytest.mark.parametrize("chars", [FLIPPED, list(FLIPPED), dict(enumerate(FLIPPED)), STOI])
-def test_characters_in_the_file_count(chars):
+def test_characters_in_the_file_go_before_those_of_the_text(chars):
     weights, loss = trained()
     names = TOKENS, "lm_head.weight", "lm_head.bias"
     flipped = {name: weights[name].flip(0) for name in names}

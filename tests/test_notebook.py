@@ -80,7 +80,7 @@ def movements(make, scale=1.0):
 
 @pytest.mark.parametrize("scale", [1.0, 1e-8])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32"])
-def test_muon_moves_as_torchs_own(precision, scale):
+def test_muon_moves_as_torchs_own_at_any_scale(precision, scale):
     cells = prepare(precision=precision, device_name="cpu")
     ours = movements(cells.Muon, scale)
     theirs = movements(torch.optim.Muon)
@@ -117,7 +117,7 @@ def test_the_notebook_runs_in_jupyter(monkeypatch):
     assert "on\n" in outputs[-1].text
 
 
-def test_a_stopped_run_has_the_state_that_it_kept():
+def test_after_a_stop_the_state_is_that_of_the_checkpoint():
     train(prepare(precision="float16"), stop_after=75)
     run = prepare(precision="float16")
     kept = torch.load("checkpoints/checkpoint.pt", run.device)
@@ -130,8 +130,10 @@ def test_a_stopped_run_has_the_state_that_it_kept():
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_a_stopped_run_goes_on_learning():
-    run = train(train(prepare(precision="float16"), stop_after=75))
+def test_after_a_stop_training_goes_on():
+    train(prepare(precision="float16"), stop_after=75)
+    run = train(prepare(precision="float16"), stop_after=60)  # all cells again
+    train(run)  # the training cell alone
     assert list(dict(run.curve)) == [0, 50, 100, 150, 200]
     counted = gpt.counted_bigram(run.train_ids, run.val_ids, len(run.vocab))[1]
     assert run.curve[-1][1] < counted - 0.1
@@ -157,7 +159,8 @@ def overfitted(folder):
 def test_the_best_weights_are_saved(overfitted):
     run, _, _, training = overfitted
     curve = dict(run.curve)
-    assert curve[training["step"]] == min(curve.values()) < curve[150] - 0.1
+    assert min(curve.values()) == curve[training["step"]] < curve[150] - 0.1
+    assert training["val_loss"] == pytest.approx(min(curve.values()), abs=0.01)
     assert training["interim"]  # it was stopped
 
 
@@ -211,7 +214,7 @@ def test_a_mistake_gets_one_line(folder, monkeypatch, mistake, message):
     assert "\n" not in str(error.value)
 
 
-def test_the_shipped_weights_are_those_of_the_run():
+def test_the_shipped_file_has_the_record_of_the_run():
     _, _, training = gpt.load(gpt.WEIGHTS)
     [record] = [data["text/plain"] for data in SHOWN if "image/png" not in data]
     assert training == ast.literal_eval(record)

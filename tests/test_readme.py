@@ -54,7 +54,7 @@ def test_the_quick_start_has_the_commands_of_the_workflow():
     assert [line for line in quick_start if line in commands] == commands != []
 
 
-def test_every_command_of_the_script_is_one_that_it_takes():
+def test_the_script_takes_every_command():
     commands = re.findall(r"python bigram-to-gpt.py ?([^`\n]*)", README)
     assert len(commands) == 9
     for command in commands:

@@ -1,5 +1,5 @@
 """Training: a bigram, the exact loss, batches, what `train` keeps, its learning rates.
-Oracles: counted pairs, losses one window at a time, a text that is learned by heart."""
+Oracles: counted pairs, losses one window at a time, the lowest loss of the curve."""
 
 from unittest.mock import Mock
 
@@ -42,11 +42,6 @@ def test_an_epoch_has_every_window_once():
     starts = torch.cat([next(batches)[0][:, 0] for _ in range(4)]).tolist()
     assert starts != sorted(starts)
     assert sorted(starts) == list(range(0, 800, 8))
-
-
-def test_targets_are_the_next_characters():
-    x, y = next(gpt.shuffled_batches(torch.arange(803), 8, 32, seed=0))
-    assert torch.equal(y, x + 1)
 
 
 def test_the_best_weights_are_kept():
