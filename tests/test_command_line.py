@@ -30,7 +30,8 @@ def test_the_file_has_the_losses_of_the_last_row(grown):
     assert table(grown.out)[-1].endswith(losses)
 
 
-def test_growth_ends_with_500_characters_of_the_text(grown):
+def test_growth_prints_what_the_models_write(grown):
+    assert len(re.findall("^.{14} .{60}$", grown.out, re.MULTILINE)) == 5
     _, text = grown.out.split("500 characters from the last model:\n\n")
     assert len(text) == 501
     assert set(text) <= set(some_text(900))  # no question marks for ë, € or 😀
