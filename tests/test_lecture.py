@@ -162,11 +162,13 @@ MISFITS = {
     "ln_x and blocks.1.ln_y both look like": partial(rename, "ln1=ln_x ln2=ln_y"),
     "unexpected blocks.0.sa.heads.0.query_key": partial(rename, "value=query_key"),
     "unexpected blocks.0.sa.kqv": lambda w: {"w": join("kqv.weight", w), "n_head": 4},
+    "unexpected extra": lambda w: w | {"extra.bias": torch.ones(7)},
     "found no position_embedding": partial(drop, "position"),
     "no blocks .token_.*earlier stage": lambda w: rename("blocks.0.=", drop("blocks.1", w)),
     "n_head .3. times the size of a head": partial(drop, "heads.3"),
     "how many heads has blocks.0.sa.query": partial(join, "{}.weight"),
     "knows 23 characters, the text has 24": lambda w: w | {TOKENS: w[TOKENS][:23]},
+    "the text has hardly any of": lambda w: {"w": w, "v": [*map(chr, range(999, 1023))]},
 }
 
 

@@ -151,6 +151,9 @@ def test_only_some_settings_may_change_on_the_way():
     prepare(iterations=30, eval_interval=10, precision="bfloat16")  # these may
     with pytest.raises(AssertionError, match="dropout was 0.1, is 0.3.*another"):
         prepare(iterations=20, dropout=0.3)
+    run.n_embd = 64
+    with pytest.raises(AssertionError, match="settings have changed: run all cells"):
+        train(run)
 
 
 def test_the_best_weights_are_saved(folder):
@@ -206,6 +209,7 @@ MISTAKES = [
     (dict(block_size=900), "needs more than 9,000"),
     (dict(n_head=3), "must be a multiple of n_head .3."),
     (dict(prompt="día"), "the prompt may only have"),
+    (dict(weights_path="."), "[.] is a folder: name a file"),
     (dict(adamw_lr=1e30), "no loss at step 50: choose lower"),
 ]
 
@@ -245,9 +249,12 @@ def test_the_run_had_the_settings_of_a_gpu():
 
 @needs_text
 def test_the_shipped_weights_have_the_loss_that_they_claim():
-    torch.set_num_threads(cores)
     model, vocab, training = gpt.load(gpt.WEIGHTS)
     _, val_text = gpt.split(gpt.read_text(gpt.TEXT), model.config.block_size)
-    loss = gpt.exact_loss(model, gpt.encode(val_text, vocab))
+    cells = prepare(block_size=model.config.block_size, device_name="cpu")
+    fused = cells.GPT(model.config)  # faster than the script's model
+    fused.load_state_dict(model.state_dict())
+    torch.set_num_threads(cores)
+    loss = cells.exact_loss(fused, gpt.encode(val_text, vocab))
     torch.set_num_threads(1)
     assert loss == pytest.approx(training["val_loss"], abs=1e-4)
