@@ -107,7 +107,7 @@ def test_a_line_is_between_several_texts(call):
 
 
 def test_each_character_is_flushed(call, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", Mock())
+    monkeypatch.setattr(sys, "stdout", Mock(spec=["write", "flush"]))
     call("sample", "--tokens", 30)
     assert sys.stdout.flush.call_count == 31  # the prompt, too
 
