@@ -1,5 +1,5 @@
-"""What several test files need: the script as a module, a text, models that it has grown.
-All models are grown into a pipe set to ASCII, from a text with a byte order mark."""
+"""What several test files need: the script as a module, a text, models grown from it.
+`grown` has a byte order mark in its text and a pipe that is set to ASCII."""
 
 import os
 import random
@@ -18,14 +18,14 @@ torch = gpt.torch  # the script sets GOMP_SPINCOUNT before it imports torch
 cores = torch.get_num_threads()
 torch.set_num_threads(1)  # most models here are too small for more
 needs_text = pytest.mark.skipif(not gpt.TEXT.exists(), reason="needs Tiny Shakespeare")
-Grown = namedtuple("Grown", "folder, out")
+Growth = namedtuple("Growth", "folder, out")
 GROW = ("--input", "text.txt", "--steps", 40, "--seed", 5)
 
 
-def some_text(count):
+def some_text(pieces):
     """A text of our own, the same each time, in which much can be predicted."""
-    pieces = ["I went", "to", "the", "gym", "today", "and", "far", "away,\n", "Zoë paid 5 € 😀"]
-    return " ".join(random.Random(1).choices(pieces, k=count))
+    choice = ["I went", "to", "the", "gym", "today", "and", "far", "away,\n", "Zoë paid 5 € 😀"]
+    return " ".join(random.Random(1).choices(choice, k=pieces))
 
 
 def seeded(seed):
@@ -46,12 +46,12 @@ def grown(tmp_path_factory):
     only_ascii = os.environ | {"PYTHONIOENCODING": "ascii"}
     result = run(*GROW, cwd=folder, env=only_ascii)
     assert result.returncode == 0, result.stderr.decode()
-    return Grown(folder, result.stdout.decode())
+    return Growth(folder, result.stdout.decode())
 
 
 @pytest.fixture
 def call(grown, monkeypatch, capfd):
-    """A function that runs a command line in this folder: exit status, stdout, stderr."""
+    """A function that runs a command line there, on one-block.pt: status, stdout, stderr."""
     monkeypatch.chdir(grown.folder)
     monkeypatch.setattr(gpt, "WEIGHTS", grown.folder / "one-block.pt")
     return lambda *args: (gpt.main(list(map(str, args))), *capfd.readouterr())

@@ -1,4 +1,4 @@
-"""The benchmark: each of its rows can be measured, here on tiny amounts of work.
+"""The benchmark: each row can be measured (here on tiny work), with the ratio of its seconds.
 Oracle: sleep, which takes three times as long for three times as many seconds."""
 
 import time

@@ -1,4 +1,4 @@
-"""`grow` and `evaluate`, the download, saving, and the answers to mistakes of all commands.
+"""`grow` and `evaluate`, the download, saving, and the answers to mistakes.
 Oracles: a second run, the losses in the file, files that must be as they were."""
 
 import hashlib

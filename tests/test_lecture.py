@@ -1,4 +1,4 @@
-"""Weights of the lecture's own code, whatever people call them and save with them.
+"""Weights of the lecture's own code, under other names and in other layouts; misfits.
 Oracle: the loss of the model that they come from, the textbook's in benchmark.py."""
 
 from functools import cache, partial
@@ -21,7 +21,7 @@ IDS = gpt.encode(TEXT, VOCAB)
 
 @cache
 def trained(variant=""):
-    """The lecture's weights after some training, and their loss on TEXT."""
+    """The lecture's weights after some training, and their loss on TEXT, within 1e-4."""
     torch.manual_seed(0)
     config = gpt.Config(len(VOCAB), block_size=16, n_layer=2, n_head=4, n_embd=32)
     model = benchmark.TextbookGPT(config)
@@ -93,7 +93,7 @@ SAVED = {
     "other tensors": lambda w: w | {"lr": 0.1, "step": torch.ones(()), "ids": torch.arange(9)},
     "in a list": lambda w: {"best": [{"loss": 1.5, "w": w}], "log": dict(enumerate(TEXT))},
     "one matrix": lambda w: {"m": join("in_proj_weight", w), "config": {"NUM_HEADS": 4}},
-    "three": lambda w: {"m": join("{}.weight", w), "num_attention_heads": "4", "stoi": {"h": 3}},
+    "q k v": lambda w: {"m": join("{}.weight", w), "num_attention_heads": "4", "stoi": {"h": 3}},
 }
 
 
@@ -142,7 +142,7 @@ def test_the_scale_is_the_one_with_the_lowest_loss(divisor, factor):
 
 
 @pytest.mark.parametrize("losses", [(2.9, 2.8, 2.7), 3 * [torch.nan]])
-def test_losses_like_those_of_an_untrained_model_get_a_warning(losses):
+def test_losses_that_are_too_high_get_a_warning(losses):
     _, line = lecture.convert(trained()[0], TEXT, Mock(side_effect=losses))
     assert f"by the root of head_size: loss {losses[0]:.2f} on" in line
     assert line.endswith("WARNING: another text, or a changed model?")

@@ -1,4 +1,4 @@
-"""The notebook: its model, its optimizer, its recipe, how a run stops, goes on and saves.
+"""The notebook: model, optimizers, recipe, stops, mistakes, Jupyter, the shipped weights.
 Oracles: the script's model, torch's own Muon, the files of a run, what the real run printed."""
 
 import ast
@@ -86,7 +86,7 @@ def movements(make, scale=1.0):
 
 @pytest.mark.parametrize("scale", [1.0, 1e-8])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32"])
-def test_muon_moves_as_torchs_own_at_any_scale(precision, scale):
+def test_muon_moves_as_torchs_own(precision, scale):
     cells = prepare(precision=precision, device_name="cpu")
     ours = movements(cells.Muon, scale)
     theirs = movements(torch.optim.Muon)
@@ -119,7 +119,7 @@ def test_the_notebook_runs_in_jupyter(monkeypatch):
     outputs = sum([cell.get("outputs", []) for cell in notebook.cells], [])
     assert sum("image/png" in out.get("data", {}) for out in outputs) == 2
     errors = "".join(out.text for out in outputs if out.get("name") == "stderr")
-    assert errors.count("\n") == 2  # around the speed of the script: no warnings
+    assert errors.count("\n") == 2  # the script's line of speed has two: no warnings
     assert "still here" in "".join(out.get("text", "") for out in outputs)
 
 
@@ -215,14 +215,14 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("mistake, message", MISTAKES)
-def test_a_mistake_gets_one_line_that_loses_nothing(folder, monkeypatch, mistake, message):
+def test_a_mistake_gets_one_line(folder, monkeypatch, mistake, message):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network
     (folder / "latin-1.txt").write_bytes("día".encode("latin-1") * 1000)
     with pytest.raises(Exception, match=message) as error:
         train(prepare(**mistake))
     assert "\n" not in str(error.value)
     path = folder / "checkpoints/checkpoint.pt"
-    assert not path.exists() or torch.load(path)["step"] == 0
+    assert not path.exists() or torch.load(path)["step"] == 0  # untrained
 
 
 def test_the_shipped_file_has_the_record_of_the_run():
@@ -240,7 +240,7 @@ def test_the_run_had_the_settings_of_a_gpu():
     _, _, training = gpt.load(gpt.WEIGHTS)
     settings = {"gpu": True}
     exec(TAGGED["parameters"], settings)
-    same = settings.keys() & training.keys() - {"precision"}
+    same = settings.keys() & (training.keys() - {"precision"})
     assert len(same) == 15
     assert all(settings[name] == training[name] for name in same)
     assert training["digest"] == gpt.SHA256

@@ -1,4 +1,4 @@
-"""README: its table, commands, options, links, figures.
+"""README: its table, commands, options and links, the loss of the shipped weights.
 Oracles: the script, growth itself (`-m long`), the workflow, the shipped weights."""
 
 import re
@@ -51,7 +51,7 @@ def test_the_quick_start_has_the_commands_of_the_workflow():
     workflow = (ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8")
     commands = re.findall(r"- run: (.*)", workflow)
     quick_start = README.split("\n## ")[1].splitlines()
-    assert [line for line in quick_start if line in commands] == commands != []
+    assert commands and commands == [line for line in quick_start if line in commands]
 
 
 def test_the_script_takes_every_command():

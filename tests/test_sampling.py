@@ -38,7 +38,7 @@ def test_temperature_divides_the_logits():
 
 
 def random_gpt(block_size, n_layer, n_head):
-    """A GPT with large weights, in training mode: with dropout, a loop draws otherwise."""
+    """A GPT with large weights, in training mode: a loop that left dropout on would differ."""
     config = gpt.Config(11, block_size, n_layer, n_head, n_embd=24, dropout=0.5)
     model = gpt.gpt(config)
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def random_gpt(block_size, n_layer, n_head):
     return model
 
 
-@pytest.mark.parametrize("block_size, count", [(40, 36), (4, 1)])  # PROMPTS have 5 characters
+@pytest.mark.parametrize("block_size, count", [(40, 36), (4, 1)])  # after 5 of a prompt
 def test_within_a_window_both_loops_draw_the_same(block_size, count):
     model = random_gpt(block_size, n_layer=2, n_head=2)
     cached = list(gpt.generate_cached(model, PROMPTS, count, generator=seeded(2)))
@@ -91,12 +91,12 @@ def test_the_seed_that_is_printed_gives_the_same_text(call):
 
 
 def test_the_defaults_are_500_characters_at_0_8(call):
-    defaults = "--tokens", 500, "--temperature", 0.8, "--top_k", 0
+    defaults = "--tokens", 500, "--temperature", 0.8, "--top-k", 0
     assert sampled(call, "--seed", 3) == sampled(call, "--seed", 3, *defaults)
 
 
 def test_the_likeliest_may_be_asked_for_in_two_ways(call):
-    assert sampled(call, "--temperature", 0) == sampled(call, "--top-k", 1)
+    assert sampled(call, "--temperature", 0) == sampled(call, "--top_k", 1)
 
 
 def test_a_line_is_between_several_texts(call):
@@ -112,7 +112,7 @@ def test_each_character_is_flushed(call, monkeypatch):
     assert sys.stdout.flush.call_count == 31  # the prompt, too
 
 
-def test_a_prompt_from_stdin_is_utf_8_with_any_line_ends(call, monkeypatch):
+def test_a_prompt_from_stdin_may_come_from_windows(call, monkeypatch):
     prompt = b"\xef\xbb\xbfaway,\r\n" + "€".encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt)))
     assert sampled(call, "--prompt", "-", "--tokens", 1)[:-1] == "away,\n€"
@@ -124,7 +124,7 @@ def process(grown):
     options = "sample --weights one-block.pt --tokens 999999".split()
     command = [sys.executable, SCRIPT, *options]
     with Popen(command, cwd=grown.folder, stdout=PIPE, stderr=PIPE) as process:
-        process.stdout.read(9)
+        process.stdout.read(9)  # it has begun
         yield process
 
 
