@@ -49,10 +49,17 @@ def test_a_rung_may_be_inserted(grown, tmp_path):
     assert rows == [*others, last.replace("5 block", "6 block")]
 
 
-def test_without_network_it_grows_on_the_fallback(call, monkeypatch, tmp_path):
-    assert gpt.FALLBACK.exists()
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    """A function that sets the network's answer; the text is not there yet."""
     monkeypatch.setattr(gpt, "TEXT", tmp_path / "input.txt")
-    monkeypatch.setattr(gpt, "URL", "http://127.0.0.1:9/input.txt")
+    monkeypatch.setattr(gpt, "SHA256", hashlib.sha256(b"the text").hexdigest())
+    return lambda answer: monkeypatch.setattr(gpt, "urlopen", Mock(side_effect=[answer]))
+
+
+def test_without_network_it_grows_on_the_fallback(call, network, monkeypatch, tmp_path):
+    network(OSError("no network"))
+    assert gpt.FALLBACK.exists()
     monkeypatch.setattr(gpt, "FALLBACK", Path("text.txt"))
     _, out, err = call("--steps", 1, "--out", tmp_path)
     assert out.startswith(f"text.txt: {len(some_text(900)):,} characters")
@@ -68,14 +75,6 @@ def test_evaluate_measures_what_the_file_says(call):
         measured, stored, bits = map(float, row.split()[1:])
         assert measured == pytest.approx(stored, abs=2e-4)
         assert bits == pytest.approx(measured / math.log(2), abs=2e-4)
-
-
-@pytest.fixture
-def network(tmp_path, monkeypatch):
-    """A function that sets the network's answer; the text is not there yet."""
-    monkeypatch.setattr(gpt, "TEXT", tmp_path / "input.txt")
-    monkeypatch.setattr(gpt, "SHA256", hashlib.sha256(b"the text").hexdigest())
-    return lambda answer: monkeypatch.setattr(gpt, "urlopen", Mock(side_effect=[answer]))
 
 
 def test_the_text_is_fetched_once(network):
